@@ -1,0 +1,6 @@
+"""The seam between the scaler and whatever carries its two numbers between ranks."""
+
+from shardscale.comm.base import Communicator, Solo
+from shardscale.comm.process_group import ProcessGroupComm
+
+__all__ = ["Communicator", "ProcessGroupComm", "Solo"]

@@ -1,0 +1,73 @@
+"""What a communicator promises: four members, and the same bits on every rank."""
+
+from __future__ import annotations
+
+from typing import Protocol, runtime_checkable
+
+from torch import Tensor
+
+__all__ = ["Communicator", "Solo"]
+
+
+@runtime_checkable
+class Communicator(Protocol):
+    """The group of ranks that must decide alike.
+
+    The n-th call of a method on one rank belongs together with the n-th call of that method on every
+    other; all ranks call, or none. A call that does not complete raises
+    :class:`~shardscale.errors.MissingRankError`; it never waits for ever.
+    """
+
+    @property
+    def rank(self) -> int:
+        """This rank's number in the group, 0 to ``size - 1``."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """The number of ranks in the group."""
+        ...
+
+    def all_reduce_sum_(self, buffer: Tensor) -> None:
+        """Replace ``buffer`` by its sum over all ranks.
+
+        Args:
+            buffer: (2,) float64 on any device; moving it to where the transport needs it, and back,
+                is the communicator's work.
+
+        Every rank must receive the same bits, NaN payloads apart. A transport that cannot promise
+        it gathers the numbers and adds them in rank order.
+
+        Collective: every rank must call; sends 2 float64.
+        """
+        ...
+
+    def all_gather_object(self, obj: object) -> list[object]:
+        """Every rank's picklable object, in rank order; None for a rank that did not answer in time.
+
+        Called only when something went wrong, so it must not depend on the order in which other
+        collectives were started.
+
+        Collective: every rank should call.
+        """
+        ...
+
+
+class Solo:
+    """The group of one rank; its collectives are copies."""
+
+    rank = 0
+    size = 1
+
+    def all_reduce_sum_(self, buffer: Tensor) -> None:
+        """Leave ``buffer`` as it is: the sum over one rank.
+
+        Collective: none.
+        """
+
+    def all_gather_object(self, obj: object) -> list[object]:
+        """``[obj]``.
+
+        Collective: none.
+        """
+        return [obj]

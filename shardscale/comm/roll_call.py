@@ -1,0 +1,145 @@
+"""Who came to a verdict that did not complete, asked through the group's store."""
+
+from __future__ import annotations
+
+import pickle
+import queue
+import socket
+import threading
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch.distributed as dist
+
+__all__ = ["RollCall"]
+
+# Ranks that are waiting look for an alarm every 1.25 s at the latest; the rest is the store's time.
+_GRACE_S = 3.0
+_POLL_S = 0.05
+_STORE_PATIENCE_S = 5.0
+
+T = TypeVar("T")
+
+
+class RollCall:
+    """Keys in a store that are written only after something went wrong.
+
+    The store may have died with its rank, or be stopped and not answer at all. Every conversation
+    with it therefore runs on a thread of its own and is waited for at most a few seconds.
+
+    Args:
+        store: The group's store.
+        prefix: Put before every key.
+        rank: This rank's number in the group.
+        size: The number of ranks in the group.
+    """
+
+    def __init__(self, store: dist.Store, prefix: str, rank: int, size: int) -> None:
+        self._store = store
+        self._prefix = prefix
+        self._rank = rank
+        self._size = size
+        self._num_gathers = 0
+
+    def is_alarmed(self, verdict: int) -> bool:
+        """Whether a rank has given up on this verdict; a store that does not answer counts as yes."""
+        key = f"{self._prefix}/alarm/{verdict}"
+        try:
+            return self._ask(lambda: self._store.check([key]), _STORE_PATIENCE_S)
+        except _StoreSilentError:
+            return True
+
+    def report(self, verdict: int) -> str:
+        """Say that this rank was at ``verdict``, and tell in a sentence who was not.
+
+        Every rank that waits for the same verdict sees the alarm and reports too, so after a short
+        grace those that did not are the ones that never came.
+        """
+        try:
+            came = self._ask(lambda: self._call_roll(verdict), _GRACE_S + _STORE_PATIENCE_S)
+        except _StoreSilentError as error:
+            return (
+                f"Who is missing cannot be told: the store does not answer ({error}). It probably "
+                "died with the rank that hosted it (rank 0, unless a launcher holds it)."
+            )
+        missing = [rank for rank in range(self._size) if rank not in came]
+        elsewhere = {rank: at for rank, (at, _) in came.items() if at != verdict}
+        here = ", ".join(
+            f"{rank} ({host})" for rank, (at, host) in sorted(came.items()) if at == verdict
+        )
+        sentences = []
+        if missing:
+            sentences.append(f"Did not come: {_ranks(missing)}. Came: {here}.")
+        if elsewhere:
+            others = ", ".join(f"rank {rank} was at verdict {at}" for rank, at in elsewhere.items())
+            sentences.append(f"The ranks do not make the same calls: {others}.")
+        if not sentences:
+            sentences.append(
+                "All ranks came, so a connection broke or the ranks entered different collectives "
+                "of this group in between. Make the same calls in the same order on all of them."
+            )
+        return " ".join(sentences)
+
+    def gather(self, obj: object, timeout_s: float) -> list[object]:
+        """Every rank's object in rank order, None for those that did not write one in time."""
+        self._num_gathers += 1
+        keys = [f"{self._prefix}/gather/{self._num_gathers}/{rank}" for rank in range(self._size)]
+
+        def exchange() -> list[object]:
+            self._store.set(keys[self._rank], pickle.dumps(obj))
+            deadline = time.monotonic() + timeout_s
+            waiting = [key for key in keys if not self._store.check([key])]
+            while waiting and time.monotonic() < deadline:
+                time.sleep(_POLL_S)
+                waiting = [key for key in waiting if not self._store.check([key])]
+            return [
+                None if key in waiting else pickle.loads(self._store.get(key))  # noqa: S301
+                for key in keys
+            ]
+
+        try:
+            return self._ask(exchange, timeout_s + _STORE_PATIENCE_S)
+        except _StoreSilentError:
+            return [obj if rank == self._rank else None for rank in range(self._size)]
+
+    def _call_roll(self, verdict: int) -> dict[int, tuple[int, str]]:
+        """The verdict and the host of every rank that has written them by the end of the grace."""
+        keys = {rank: f"{self._prefix}/arrived/{rank}" for rank in range(self._size)}
+        self._store.set(keys[self._rank], pickle.dumps((verdict, socket.gethostname())))
+        self._store.set(f"{self._prefix}/alarm/{verdict}", b"1")
+        deadline = time.monotonic() + _GRACE_S
+        came: dict[int, tuple[int, str]] = {}
+        while len(came) < self._size and time.monotonic() < deadline:
+            for rank, key in keys.items():
+                if rank not in came and self._store.check([key]):
+                    came[rank] = pickle.loads(self._store.get(key))  # noqa: S301
+            time.sleep(_POLL_S)
+        return came
+
+    def _ask(self, question: Callable[[], T], patience_s: float) -> T:
+        """Run ``question`` on a thread and wait for its answer at most ``patience_s`` seconds."""
+        answers: queue.Queue[tuple[T | None, Exception | None]] = queue.Queue()
+
+        def run() -> None:
+            try:
+                answers.put((question(), None))
+            except Exception as error:  # whatever the store's client raises means the same here
+                answers.put((None, error))
+
+        threading.Thread(target=run, name="shardscale-roll-call", daemon=True).start()
+        try:
+            answer, error = answers.get(timeout=patience_s)
+        except queue.Empty:
+            raise _StoreSilentError(f"no answer within {patience_s:.0f} s") from None
+        if error is not None:
+            raise _StoreSilentError(f"{type(error).__name__}: {error}") from error
+        return answer  # type: ignore[return-value]
+
+
+class _StoreSilentError(Exception):
+    """The store raised or did not answer."""
+
+
+def _ranks(ranks: list[int]) -> str:
+    return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(map(str, ranks))

@@ -1,0 +1,86 @@
+"""The immutable records that one training step hands from floor to floor, in the order it makes them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+__all__ = [
+    "Agreement",
+    "Call",
+    "Culprit",
+    "ScaleState",
+    "ShardStats",
+    "StepReport",
+    "Verdict",
+]
+
+
+class ScaleState(NamedTuple):
+    """What a policy carries from one update to the next; three 0-dim tensors on one device."""
+
+    scale: Tensor  # () float32
+    growth_tracker: Tensor  # () int32: good steps since the scale last changed
+    hysteresis_tracker: Tensor  # () int32: bad steps still tolerated before the scale backs off
+
+
+class ShardStats(NamedTuple):
+    """What one rank found in its own gradient shards; it exists with no shard too."""
+
+    found_inf: Tensor  # () float32, 0.0 or 1.0
+    sum_squares: Tensor | None  # () float64 over the shards this rank owns; None where not asked for
+
+
+class Call(NamedTuple):
+    """What one rank believes that all ranks are doing; any difference is a disagreement.
+
+    The floats are compared by their bits, so two NaN agree and 0.0 and -0.0 do not.
+    """
+
+    num_updates: int  # updates so far: the step number that salts the message
+    method: str  # "unscale_", "clip_grad_norm_" or "step"
+    ordinal: int  # how many verdicts since that update
+    scaler: int  # which of this process's scalers, in the order they were made
+    max_norm: float | None
+    policy: str  # the policy's class and numbers
+    state: ScaleState
+    stamp: Tensor  # () float32: the scale these gradients were made with
+
+
+class Verdict(NamedTuple):
+    """What all ranks decided about a set of gradients; the same bits on every rank."""
+
+    found_inf: Tensor  # () float32, exactly 0.0 or 1.0
+    grad_norm: Tensor  # () float32, L2 norm of the unscaled gradients of all ranks; NaN if not computed
+
+
+class Agreement(NamedTuple):
+    """A verdict, and whether the ranks belonged together when they made it."""
+
+    verdict: Verdict
+    drifted: Tensor  # () float32: 1.0 where the ranks' calls or states differ, from here on for good
+    faulted: Tensor  # () float32: 1.0 where a rank could not judge its own gradients
+    words: Tensor  # (2,) float64: the reduced message, which the next one is fingerprinted with
+
+
+class Culprit(NamedTuple):
+    """One parameter whose gradient was not finite, on one rank."""
+
+    rank: int
+    host: str
+    name: str
+    num_inf: int
+    num_nan: int
+    numel: int
+
+
+class StepReport(NamedTuple):
+    """One finished iteration as the host knows it; local to this rank, plain numbers."""
+
+    step: int  # 0 for the first update
+    scale: float
+    next_scale: float
+    skipped: bool
+    grad_norm: float  # NaN where it was not computed
+    culprits: tuple[Culprit, ...]

@@ -1,0 +1,211 @@
+"""Turn each rank's findings into one verdict that all ranks share, with one all-reduce.
+
+The message is two float64 numbers, summed over the group. Word 1 is the sum of squares. Word 0 is
+an exact integer,
+
+.. code-block:: text
+
+    bad + 2^18 * weight(rank) * fingerprint        bad in {0, 1},  fingerprint in 1..1022
+
+whose weights sum to zero over the group. If all ranks send the same fingerprint the second term
+vanishes and what is left is the number of bad ranks; if they do not, a multiple of 2^18 remains,
+and every rank reads it from the same reduced number. A rank that cannot judge its own gradients
+sends NaN in word 0, which no other summand can hide.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import math
+import zlib
+
+import torch
+from torch import Tensor
+
+from shardscale.comm import Communicator
+from shardscale.errors import ConfigError
+from shardscale.records import Agreement, Call, ShardStats, Verdict
+
+__all__ = ["MAX_RANKS", "agree", "alone", "clip_coefficient"]
+
+# Word 0 stays an exact float64 integer in any order of summation. Around the ring of ranks the
+# numbers whose differences are the weights lie in 0..509, so the positive weights sum to at most
+# size/2 * 509, and no partial sum exceeds 2^16 * 509 * 1022 * 2^18 + 2^17 < 2^53.
+MAX_RANKS = 2**17
+_COUNT_BITS = 18
+_NUM_FINGERPRINTS = 1022
+_DRAWS = 170
+_PRIME = 2**32 + 15  # the smallest prime above every 32-bit word
+_NUM_MULTIPLIERS = 7
+
+
+def agree(
+    stats: ShardStats,
+    call: Call,
+    comm: Communicator,
+    previous: Agreement | None = None,
+    faulted: bool = False,
+) -> Agreement:
+    """Turn each rank's findings into one verdict that all ranks share.
+
+    Args:
+        stats: This rank's flag and its sum of squares over the shards it owns; both exist with no
+            shard too.
+        call: What this rank believes all ranks are doing.
+        comm: The agreeing group, of at most ``MAX_RANKS`` ranks.
+        previous: The agreement before this one. Its bits are part of the fingerprint, and a drift
+            that it found is still one.
+        faulted: This rank could not judge its gradients: no rank will find this call good.
+
+    Returns:
+        The same bits on every rank, on the device of ``stats``. Whether the ranks disagree is a
+        function of the reduced words alone, never of a comparison with this rank's own value.
+
+    Raises:
+        ConfigError: the group is larger than the message can count exactly.
+
+    Collective: every rank of ``comm`` must call; sends 2 float64, once.
+    Sync: none, unless the state lives on the CPU.
+    """
+    if comm.size > MAX_RANKS:
+        raise ConfigError(
+            f"the agreeing group has {comm.size} ranks, but one exact message counts at most "
+            f"{MAX_RANKS}. Name a smaller group with process_group=."
+        )
+    message = pack(stats, call, comm.rank, comm.size, previous, faulted)
+    comm.all_reduce_sum_(message)
+    return unpack(message, stats.sum_squares is not None, previous)
+
+
+def alone(stats: ShardStats, previous: Agreement | None = None) -> Agreement:
+    """The verdict of a single rank: its own findings, nothing sent."""
+    return unpack(_message(stats, 0), stats.sum_squares is not None, previous)
+
+
+def pack(
+    stats: ShardStats,
+    call: Call,
+    rank: int,
+    size: int,
+    previous: Agreement | None = None,
+    faulted: bool = False,
+) -> Tensor:
+    """The (2,) float64 message of one rank, on the device of ``stats``."""
+    if faulted:
+        return _message(stats, math.nan)
+    term = weight(call.num_updates, rank, size) * fingerprint(call, previous) * 2**_COUNT_BITS
+    return _message(stats, term)
+
+
+def unpack(words: Tensor, normed: bool, previous: Agreement | None = None) -> Agreement:
+    """Read the reduced message; nothing else enters, so all ranks read the same.
+
+    Args:
+        words: (2,) float64, the sum over all ranks.
+        normed: Whether word 1 carries a sum of squares.
+        previous: An agreement whose drift still stands.
+    """
+    count, sum_squares = words[0], words[1]
+    faulted = count.isnan()
+    num_bad = count.remainder(2**_COUNT_BITS)
+    drifted = (count != num_bad) & ~faulted
+    if previous is not None:
+        drifted = drifted | (previous.drifted > 0)
+    found = (num_bad > 0) | drifted | faulted
+    if normed:
+        norm = sum_squares.sqrt()
+        found = found | ~norm.isfinite()
+        # The squares of finite float32 values fit float64, but the norm of many large ones need
+        # not fit float32 again; saturated, it still counts as the finite number that it is.
+        largest = torch.finfo(torch.float32).max
+        grad_norm = torch.where(norm.isfinite(), norm.clamp(max=largest), norm).float()
+    else:
+        grad_norm = torch.full_like(count, math.nan, dtype=torch.float32)
+    # The payload of a NaN depends on the order of summation; its bits must not enter a fingerprint.
+    words = torch.where(words.isnan(), math.nan, words)
+    verdict = Verdict(found.float(), grad_norm)
+    return Agreement(verdict, drifted.float(), faulted.float(), words)
+
+
+def clip_coefficient(agreement: Agreement, max_norm: float) -> Tensor:
+    """The factor that brings the norm down to ``max_norm``: () float32 in (0, 1], 1 on a skip.
+
+    Source: torch.nn.utils.clip_grads_with_norm_: min(1, max_norm / (norm + 1e-6)); here from the
+    float64 sum of squares.
+    """
+    norm = agreement.words[1].sqrt()
+    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    # Clipping by a norm that is Inf or NaN would turn every gradient into 0 or NaN.
+    return torch.where(agreement.verdict.found_inf > 0, 1.0, factor).float()
+
+
+def fingerprint(call: Call, previous: Agreement | None) -> int | Tensor:
+    """A number in 1..1022 that differs, with all but about 0.1 % probability, where calls differ.
+
+    What the host knows is one word; what lives on a device stays there, so the result is an int
+    for a state on the CPU and a () int64 tensor otherwise, by the same formula.
+
+    Source: multiply-mod-prime universal hashing, Carter and Wegman 1979; the multipliers are drawn
+    from the step number alone, so two calls that collide once are told apart at another step.
+    """
+    known = (call.num_updates, call.method, call.ordinal, call.scaler, call.max_norm, call.policy)
+    words: list[int | Tensor] = [zlib.crc32(repr(known).encode())]
+    words += _bits(call.stamp, torch.int32)
+    words += _bits(call.state.scale, torch.int32)
+    words += _bits(call.state.growth_tracker, torch.int32)
+    words += _bits(call.state.hysteresis_tracker, torch.int32)
+    if previous is not None:
+        words += _bits(previous.words, torch.int64)
+    total: int | Tensor = 0
+    for multiplier, word in zip(_multipliers(call.num_updates), words, strict=False):
+        total = total + (word % _PRIME) * multiplier % _PRIME
+    return total % _NUM_FINGERPRINTS + 1
+
+
+def weight(step: int, rank: int, size: int) -> int:
+    """A small integer, drawn from the step number, that is never 0 and sums to 0 over the group.
+
+    Each is the difference of two neighbours on the ring of ranks, which differ modulo 3. In a group
+    of one nothing can disagree, and the weight is 0.
+    """
+    if size == 1:
+        return 0
+    return _draw(step, rank, size) - _draw(step, (rank + 1) % size, size)
+
+
+def _draw(step: int, rank: int, size: int) -> int:
+    # An even ring alternates between two residues; the last rank of an odd one takes the third.
+    residue = 2 if rank == size - 1 and size % 2 else rank % 2
+    # The finaliser of splitmix64 (Steele, Lea, Flood 2014), so that any rank's draw costs the same.
+    z = (rank * 0x9E3779B97F4A7C15 + _multipliers(step)[-1]) & 0xFFFFFFFFFFFFFFFF
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
+    return 3 * ((z ^ (z >> 31)) % _DRAWS) + residue
+
+
+@functools.lru_cache(maxsize=8)
+def _multipliers(step: int) -> tuple[int, ...]:
+    """Seven odd 30-bit multipliers for the words, then one number that the weights start from."""
+    digest = hashlib.blake2b(str(step).encode(), digest_size=8 * (_NUM_MULTIPLIERS + 1)).digest()
+    drawn = [int.from_bytes(digest[i : i + 8], "little") for i in range(0, len(digest), 8)]
+    # Below 2^30 the product with a word below 2^33 still fits a signed 64-bit integer.
+    return (*((n >> 34) | 1 for n in drawn[:-1]), drawn[-1])
+
+
+def _bits(tensor: Tensor, integer: torch.dtype) -> list[int | Tensor]:
+    raw = tensor.detach().reshape(-1).view(integer)
+    return raw.tolist() if _is_on_host(raw) else list(raw.to(torch.int64).unbind())
+
+
+def _is_on_host(tensor: Tensor) -> bool:
+    return tensor.is_cpu
+
+
+def _message(stats: ShardStats, term: float | Tensor) -> Tensor:
+    found_inf = stats.found_inf
+    if found_inf.device.type == "mps":  # has no float64; such a message is made on the host
+        found_inf = found_inf.cpu()
+    count = found_inf.double() + term
+    sum_squares = count.new_zeros(()) if stats.sum_squares is None else stats.sum_squares
+    return torch.stack([count, sum_squares.to(count.device, torch.float64)])
