@@ -1,3 +1,38 @@
 """A loss scaler for sharded training: every rank gets the same verdict, from one small all-reduce."""
 
+from shardscale.errors import (
+    ConfigError,
+    DisagreementError,
+    LayoutError,
+    MissingRankError,
+    ShardScaleError,
+    StageError,
+    StateError,
+)
+from shardscale.comm import Communicator
+from shardscale.layouts import distinct
+from shardscale.policy import ConstantScale, DynamicScale, ScalePolicy
+from shardscale.records import Culprit, ScaleState, StepReport, Verdict
+from shardscale.scaler import ShardedGradScaler
+
+__all__ = [
+    "Communicator",
+    "ConfigError",
+    "ConstantScale",
+    "Culprit",
+    "DisagreementError",
+    "distinct",
+    "DynamicScale",
+    "LayoutError",
+    "MissingRankError",
+    "ScalePolicy",
+    "ScaleState",
+    "ShardedGradScaler",
+    "ShardScaleError",
+    "StageError",
+    "StateError",
+    "StepReport",
+    "Verdict",
+]
+
 __version__ = "0.1.0"

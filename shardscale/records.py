@@ -29,7 +29,9 @@ class ShardStats(NamedTuple):
     """What one rank found in its own gradient shards; it exists with no shard too."""
 
     found_inf: Tensor  # () float32, 0.0 or 1.0
-    sum_squares: Tensor | None  # () float64 over the shards this rank owns; None where not asked for
+    sum_squares: (
+        Tensor | None
+    )  # () float64 over the shards this rank owns; None where not asked for
 
 
 class Call(NamedTuple):
@@ -52,16 +54,37 @@ class Verdict(NamedTuple):
     """What all ranks decided about a set of gradients; the same bits on every rank."""
 
     found_inf: Tensor  # () float32, exactly 0.0 or 1.0
-    grad_norm: Tensor  # () float32, L2 norm of the unscaled gradients of all ranks; NaN if not computed
+    grad_norm: (
+        Tensor  # () float32, L2 norm of the unscaled gradients of all ranks; NaN if not computed
+    )
 
 
 class Agreement(NamedTuple):
     """A verdict, and whether the ranks belonged together when they made it."""
 
-    verdict: Verdict
-    drifted: Tensor  # () float32: 1.0 where the ranks' calls or states differ, from here on for good
-    faulted: Tensor  # () float32: 1.0 where a rank could not judge its own gradients
+    flags: Tensor  # (3,) float32, each 0.0 or 1.0: found, drifted, faulted
+    grad_norm: Tensor  # () float32
     words: Tensor  # (2,) float64: the reduced message, which the next one is fingerprinted with
+
+    @property
+    def found_inf(self) -> Tensor:
+        """() float32: 1.0 where the step must be skipped."""
+        return self.flags[0]
+
+    @property
+    def drifted(self) -> Tensor:
+        """() float32: 1.0 where the ranks' calls or states differ, from here on for good."""
+        return self.flags[1]
+
+    @property
+    def faulted(self) -> Tensor:
+        """() float32: 1.0 where a rank could not judge its own gradients."""
+        return self.flags[2]
+
+    @property
+    def verdict(self) -> Verdict:
+        """What callers see of it."""
+        return Verdict(self.flags[0], self.grad_norm)
 
 
 class Culprit(NamedTuple):

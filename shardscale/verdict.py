@@ -25,7 +25,7 @@ from torch import Tensor
 
 from shardscale.comm import Communicator
 from shardscale.errors import ConfigError
-from shardscale.records import Agreement, Call, ShardStats, Verdict
+from shardscale.records import Agreement, Call, ShardStats
 
 __all__ = ["MAX_RANKS", "agree", "alone", "clip_coefficient"]
 
@@ -124,8 +124,7 @@ def unpack(words: Tensor, normed: bool, previous: Agreement | None = None) -> Ag
         grad_norm = torch.full_like(count, math.nan, dtype=torch.float32)
     # The payload of a NaN depends on the order of summation; its bits must not enter a fingerprint.
     words = torch.where(words.isnan(), math.nan, words)
-    verdict = Verdict(found.float(), grad_norm)
-    return Agreement(verdict, drifted.float(), faulted.float(), words)
+    return Agreement(torch.stack([found, drifted, faulted]).float(), grad_norm, words)
 
 
 def clip_coefficient(agreement: Agreement, max_norm: float) -> Tensor:
@@ -137,7 +136,7 @@ def clip_coefficient(agreement: Agreement, max_norm: float) -> Tensor:
     norm = agreement.words[1].sqrt()
     factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     # Clipping by a norm that is Inf or NaN would turn every gradient into 0 or NaN.
-    return torch.where(agreement.verdict.found_inf > 0, 1.0, factor).float()
+    return torch.where(agreement.found_inf > 0, 1.0, factor).float()
 
 
 def fingerprint(call: Call, previous: Agreement | None) -> int | Tensor:

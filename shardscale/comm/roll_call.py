@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-import torch.distributed as dist
+from torch.distributed import Store
 
 __all__ = ["RollCall"]
 
@@ -35,7 +35,7 @@ class RollCall:
         size: The number of ranks in the group.
     """
 
-    def __init__(self, store: dist.Store, prefix: str, rank: int, size: int) -> None:
+    def __init__(self, store: Store, prefix: str, rank: int, size: int) -> None:
         self._store = store
         self._prefix = prefix
         self._rank = rank
@@ -46,7 +46,7 @@ class RollCall:
         """Whether a rank has given up on this verdict; a store that does not answer counts as yes."""
         key = f"{self._prefix}/alarm/{verdict}"
         try:
-            return self._ask(lambda: self._store.check([key]), _STORE_PATIENCE_S)
+            return bool(self._ask(lambda: self._store.check([key]), _STORE_PATIENCE_S))
         except _StoreSilentError:
             return True
 

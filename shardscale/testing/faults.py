@@ -47,7 +47,9 @@ def inject(
         if (this_rank, this_step) != (rank, step):
             return None
         named = list(model.named_parameters() if isinstance(model, nn.Module) else model)
-        chosen = [(n, p) for n, p in named if param is None or n == param or n.endswith("." + param)]
+        chosen = [
+            (n, p) for n, p in named if param is None or n == param or n.endswith("." + param)
+        ]
         if not chosen:
             names = ", ".join(name for name, _ in named)
             raise ConfigError(f"rank {rank}: no parameter is called {param!r}. There are: {names}.")

@@ -1,0 +1,144 @@
+"""The layout of a saved state: torch's five keys, and ours beside them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import warnings
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+
+from shardscale.errors import ConfigError, StateError
+from shardscale.policy import DynamicScale, ScalePolicy
+from shardscale.records import ScaleState
+
+__all__ = ["Loaded", "from_state_dict", "to_state_dict"]
+
+_VERSION = 1
+_TORCH_KEYS = ("scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker")
+
+
+class Loaded(NamedTuple):
+    """What a state dict holds."""
+
+    policy: ScalePolicy
+    state: ScaleState  # on the CPU
+    num_updates: int
+    num_skipped: int
+
+
+def to_state_dict(
+    policy: ScalePolicy, state: ScaleState, num_updates: int, num_skipped: int
+) -> dict[str, Any]:
+    """The state as plain floats, ints and strings; ``torch.load(weights_only=True)`` takes it.
+
+    Sync: reads the scale and the trackers.
+    """
+    # torch has no policy that keeps the scale; growing by 1 does.
+    growth = getattr(policy, "growth_factor", 1.0)
+    backoff = getattr(policy, "backoff_factor", 1.0)
+    return {
+        "scale": state.scale.item(),
+        "growth_factor": growth,
+        "backoff_factor": backoff,
+        "growth_interval": getattr(policy, "growth_interval", 2**31 - 1),
+        "_growth_tracker": int(state.growth_tracker.item()),
+        "shardscale": {
+            "version": _VERSION,
+            "policy": type(policy).__name__,
+            "policy_fields": dataclasses.asdict(policy) if _is_dataclass(policy) else {},
+            "hysteresis_tracker": int(state.hysteresis_tracker.item()),
+            "num_updates": num_updates,
+            "num_skipped": num_skipped,
+        },
+    }
+
+
+def from_state_dict(saved: Mapping[str, Any], policy: ScalePolicy) -> Loaded:
+    """Read a state of ours or of torch's; nothing is changed.
+
+    Args:
+        saved: What ``state_dict`` of this class or of one of torch's gave.
+        policy: The policy of the scaler that loads; its numbers are replaced by the saved ones.
+
+    Raises:
+        StateError: the state is empty, of a newer version, or of another policy.
+        KeyError: one of torch's keys is missing.
+        ConfigError: a saved number is out of range.
+    """
+    if len(saved) == 0:
+        raise StateError(
+            "The source state dict is empty, possibly because it was saved "
+            "from a disabled instance of GradScaler."
+        )
+    missing = [key for key in _TORCH_KEYS if key not in saved]
+    if missing:
+        raise KeyError(f"the state dict lacks {missing}; it has {sorted(saved)}")
+    ours = saved.get("shardscale", {})
+    if ours.get("version", _VERSION) > _VERSION:
+        raise StateError(
+            f"the state dict has layout version {ours['version']}, but this shardscale reads up to "
+            f"{_VERSION}. Install the version that saved it, or a newer one."
+        )
+    _require_same_kind(ours, policy)
+    policy = _with_saved_numbers(policy, saved, ours.get("policy_fields", {}))
+    state = policy.init(_clamped(saved["scale"], policy), "cpu")
+    tracker = torch.tensor(saved["_growth_tracker"], dtype=torch.int32)
+    hysteresis = ours.get("hysteresis_tracker")
+    if hysteresis is not None:
+        state = state._replace(hysteresis_tracker=torch.tensor(hysteresis, dtype=torch.int32))
+    return Loaded(
+        policy,
+        state._replace(growth_tracker=tracker),
+        ours.get("num_updates", 0),
+        ours.get("num_skipped", 0),
+    )
+
+
+def _require_same_kind(ours: Mapping[str, Any], policy: ScalePolicy) -> None:
+    kind = type(policy).__name__
+    if ours.get("policy", kind) != kind:
+        raise StateError(
+            f"the state dict was saved with policy {ours['policy']}, but this scaler has {kind}. "
+            f"Make the scaler with policy={ours['policy']}(...), or drop the key 'shardscale' to "
+            "take over the scale alone."
+        )
+
+
+def _with_saved_numbers(
+    policy: ScalePolicy, saved: Mapping[str, Any], fields: Mapping[str, Any]
+) -> ScalePolicy:
+    if isinstance(policy, DynamicScale):
+        numbers = {
+            "growth_factor": saved["growth_factor"],
+            "backoff_factor": saved["backoff_factor"],
+            "growth_interval": saved["growth_interval"],
+        }
+        return dataclasses.replace(policy, **{**fields, **numbers})
+    if _is_dataclass(policy) and fields:
+        changed: ScalePolicy = dataclasses.replace(policy, **fields)  # type: ignore[type-var]
+        return changed
+    return policy
+
+
+def _clamped(scale: float, policy: ScalePolicy) -> float:
+    low = getattr(policy, "min_scale", 0.0)
+    high = getattr(policy, "max_scale", math.inf)
+    if not (math.isfinite(scale) and scale > 0):
+        raise ConfigError(
+            f"the state dict holds the scale {scale!r}, but a scale must be finite and positive."
+        )
+    inside = min(max(scale, low), high)
+    if inside != scale:
+        warnings.warn(
+            f"the state dict holds the scale {scale:g}, which lies outside the policy's range "
+            f"[{low:g}, {high:g}]; {inside:g} is taken instead.",
+            stacklevel=4,
+        )
+    return float(inside)
+
+
+def _is_dataclass(policy: object) -> bool:
+    return dataclasses.is_dataclass(policy) and not isinstance(policy, type)

@@ -1,0 +1,70 @@
+"""When the ranks do not belong together: who differs, in what, and what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from shardscale.records import Call
+
+__all__ = ["account", "explain"]
+
+_CURE = (
+    "Make the same calls with the same arguments on every rank, build the scaler alike on all of "
+    "them, and load the same state_dict everywhere to go on."
+)
+
+
+def account(call: Call, fault: Exception | None = None) -> dict[str, object]:
+    """What this rank tells the others about its side of a call that failed.
+
+    Sync: reads the scale and the trackers.
+    """
+    return {
+        "error": f"{type(fault).__name__}: {fault}" if fault else None,
+        "method": call.method,
+        "max_norm": call.max_norm,
+        "number of updates": call.num_updates,
+        "call since the last update": call.ordinal,
+        "scaler (in order of making)": call.scaler,
+        "scale": call.state.scale.item(),
+        "scale of these gradients": call.stamp.item(),
+        "growth_tracker": call.state.growth_tracker.item(),
+        "hysteresis_tracker": call.state.hysteresis_tracker.item(),
+        "policy": call.policy,
+    }
+
+
+def explain(accounts: Sequence[object], rank: int) -> str:
+    """A message that names the ranks and their values, from what they told.
+
+    Args:
+        accounts: In rank order, each rank's :func:`account`, or None where it did not answer.
+        rank: This rank.
+    """
+    told = {r: a for r, a in enumerate(accounts) if isinstance(a, dict)}
+    silent = [r for r in range(len(accounts)) if r not in told]
+    parts = [
+        f"rank {r} raised {a['error']}" for r, a in told.items() if a["error"] is not None
+    ] or _differences(told)
+    if silent:
+        parts.append(f"{_ranks(silent)} did not answer")
+    if not parts:
+        parts.append("their earlier verdicts had different bits, or they drifted apart before")
+    head = f"rank {rank} of {len(accounts)}: the ranks disagree, so no rank moved its parameters"
+    return f"{head}. {'; '.join(parts)}. {_CURE}"
+
+
+def _differences(told: dict[int, dict[str, object]]) -> list[str]:
+    parts = []
+    for field in next(iter(told.values()), {}):
+        holders: dict[str, list[int]] = {}
+        for r, row in told.items():
+            holders.setdefault(repr(row[field]), []).append(r)
+        if len(holders) > 1:
+            values = ", ".join(f"{value} on {_ranks(rs)}" for value, rs in holders.items())
+            parts.append(f"{field}: {values}")
+    return parts
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(map(str, ranks))

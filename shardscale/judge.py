@@ -1,0 +1,235 @@
+"""One call from end to end: measure the gradients, agree on them, remember and read the verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.amp.grad_scaler import OptState
+
+from shardscale import drift, kernels, verdict
+from shardscale.comm import Bond, Communicator, Solo
+from shardscale.errors import DisagreementError, StageError
+from shardscale.fused import is_fused
+from shardscale.layouts import Layouts
+from shardscale.ledger import Ledger, Unread
+from shardscale.policy import ScalePolicy
+from shardscale.records import Agreement, Call, ScaleState, ShardStats
+from shardscale.shards import GradShard, local_shards
+from shardscale.stages import Stages
+
+__all__ = ["Judge", "Question"]
+
+
+class Question(NamedTuple):
+    """What a method of the scaler wants judged."""
+
+    method: str
+    optimizers: Sequence[Any]
+    mistake: StageError | None = None  # a call-order error that this rank has already found
+    max_norm: float | None = None  # asks for the norm, too
+    leaves_scaled: bool = False  # fused optimizers unscale their gradients themselves
+
+
+class Judge:
+    """Every path to ``optimizer.step`` leads through :meth:`judge`.
+
+    Args:
+        bond: The group to agree in.
+        sync: Whether the host reads every verdict at once.
+    """
+
+    def __init__(self, bond: Bond, sync: bool) -> None:
+        self.bond = bond
+        self.sync = sync
+        self.layouts = Layouts()
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin with no history: a state that all ranks share was just loaded."""
+        self.num_updates = 0
+        self.stages = Stages()
+        self.ledger = Ledger()
+        self._previous: Agreement | None = None
+
+    def judge(self, question: Question, state: ScaleState, policy: ScalePolicy) -> Agreement:
+        """Make one verdict for all optimizers of a question.
+
+        What this rank alone can find wrong is found first and raised last: it joins the all-reduce
+        as a faulted rank, so that all skip and all learn of it.
+
+        Raises:
+            Exception: what is wrong on this rank.
+            DisagreementError: with ``sync``, what is wrong on another.
+            MissingRankError: not all ranks came.
+            StageError: the group has been destroyed.
+
+        Collective: every rank of the group must call; sends 2 float64, once.
+        """
+        comm = self.bond.communicator()
+        fault: Exception | None = question.mistake
+        stats = _nothing_found(state)
+        num_grads: list[int] = []
+        if fault is None:
+            try:
+                stats, num_grads = self._measure(question, state, comm or Solo())
+            except Exception as error:
+                fault = error
+        call = self._call(question, state, policy)
+        if comm is None:
+            if fault is not None:
+                raise fault
+            agreement = verdict.alone(stats)
+        else:
+            agreement = verdict.agree(stats, call, comm, self._previous, fault is not None)
+        self._previous = agreement
+        self.stages.num_calls += 1
+        self.ledger.note(Unread(agreement, call, fault))
+        if fault is not None:
+            self._raise_fault(question, agreement, call, fault)
+        self._remember(question, agreement, call, num_grads)
+        if self.sync:
+            self.read(agreement, call)
+        return agreement
+
+    def clip_(self, question: Question, agreement: Agreement) -> None:
+        """Multiply all gradients so that their norm is at most ``max_norm``; nothing on a skip.
+
+        Sync: none on an accelerator.
+        """
+        assert question.max_norm is not None
+        factor = verdict.clip_coefficient(agreement, question.max_norm)
+        for optimizer in question.optimizers:
+            shards = local_shards(optimizer, self.layouts.name_of, coalesced=True)
+            kernels.scale_([shard.grad for shard in shards], factor)
+
+    def unscale_locally_(self, optimizer: Any, state: ScaleState) -> None:
+        """Unscale gradients that were judged but left scaled; nothing is sent."""
+        inv_scale = kernels.inverse_scale(self.stages.stamp([optimizer], state.scale))
+        shards = local_shards(optimizer, self.layouts.name_of)
+        ignored = torch.zeros_like(inv_scale)  # the verdict is already there
+        kernels.unscale_([shard.grad for shard in shards], inv_scale, ignored)
+        self.stages.of(optimizer).is_unscaled = True
+
+    def read(self, agreement: Agreement, call: Call) -> bool:
+        """Whether the step must be skipped.
+
+        Raises:
+            DisagreementError: the ranks did not belong together in that verdict; names them.
+
+        Collective: only where the ranks disagree, which all of them read alike.
+        Sync: one read per verdict.
+        """
+        flags = self.ledger.read(agreement)
+        if flags.drifted or flags.faulted:
+            raise self._disagreement(call)
+        return flags.found
+
+    def read_late(self, floor: float | None) -> None:
+        """Read what the iteration before left unread.
+
+        Raises:
+            DisagreementError: the ranks did not belong together in it; names them.
+
+        Collective: only where the ranks disagree.
+        """
+        opened = self.ledger.open(floor)
+        if opened is None:
+            return
+        flags, unread = opened
+        if unread is not None and (flags.drifted or flags.faulted):
+            error = self._disagreement(unread.call, unread.fault)
+            raise unread.fault or error
+
+    def _measure(
+        self, question: Question, state: ScaleState, comm: Communicator
+    ) -> tuple[ShardStats, list[int]]:
+        found_inf = torch.zeros_like(state.scale)
+        squares = None if question.max_norm is None else _zero_squares(state)
+        num_grads = []
+        for optimizer in question.optimizers:
+            entry = self.stages.of(optimizer)
+            shards = local_shards(optimizer, self.layouts.name_of, squares is not None)
+            num_grads.append(len(shards))
+            inv_scale = torch.ones_like(state.scale)
+            if not entry.is_unscaled:
+                inv_scale = kernels.inverse_scale(self.stages.stamp([optimizer], state.scale))
+            grads = [shard.grad for shard in shards]
+            if squares is not None:
+                owned, copies = self._split(shards, comm)
+                kernels.unscale_(owned, inv_scale, found_inf, squares)
+                kernels.unscale_(copies, inv_scale, found_inf)
+            elif question.leaves_scaled and is_fused(optimizer):
+                kernels.check_(grads, inv_scale, found_inf)
+            else:
+                kernels.unscale_(grads, inv_scale, found_inf)
+            if entry.agreement is not None:
+                found_inf = torch.maximum(found_inf, entry.agreement.found_inf)
+        return ShardStats(found_inf, squares), num_grads
+
+    def _split(
+        self, shards: list[GradShard], comm: Communicator
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """The gradients that this rank counts in the norm, and those that another one counts."""
+        if comm.size == 1:
+            return [shard.grad for shard in shards], []
+        owned: list[Tensor] = []
+        copies: list[Tensor] = []
+        for param, grad in shards:
+            (owned if self.layouts.is_owner(param, comm) else copies).append(grad)
+        return owned, copies
+
+    def _call(self, question: Question, state: ScaleState, policy: ScalePolicy) -> Call:
+        return Call(
+            self.num_updates,
+            question.method,
+            self.stages.num_calls,
+            self.bond.ordinal,
+            question.max_norm,
+            repr(policy),
+            state,
+            self.stages.stamp(question.optimizers, state.scale),
+        )
+
+    def _remember(
+        self, question: Question, agreement: Agreement, call: Call, num_grads: list[int]
+    ) -> None:
+        if not question.optimizers:
+            self.stages.empty.append((agreement, call))
+            self.stages.num_unused_empty += question.method != "step"
+        for optimizer, num in zip(question.optimizers, num_grads, strict=True):
+            entry = self.stages.of(optimizer)
+            entry.agreement, entry.call, entry.num_grads = agreement, call, num
+            if not (question.leaves_scaled and is_fused(optimizer)):
+                entry.is_unscaled = True
+            if question.method != "step":
+                entry.stage = OptState.UNSCALED
+
+    def _raise_fault(
+        self, question: Question, agreement: Agreement, call: Call, fault: Exception
+    ) -> None:
+        if not isinstance(fault, StageError):
+            # The others took this as a bad verdict of the iteration, so this rank must, too.
+            self.stages.empty.append((agreement, call))
+        is_late = bool(question.optimizers) and all(map(is_fused, question.optimizers))
+        if self.sync or not is_late:
+            # The others read the verdict in this iteration and ask who is to blame.
+            self.ledger.read(agreement)
+            self._disagreement(call, fault)
+        raise fault
+
+    def _disagreement(self, call: Call, fault: Exception | None = None) -> DisagreementError:
+        comm = self.bond.communicator() or Solo()
+        accounts = comm.all_gather_object(drift.account(call, fault))
+        return DisagreementError(drift.explain(accounts, comm.rank))
+
+
+def _nothing_found(state: ScaleState) -> ShardStats:
+    return ShardStats(torch.zeros_like(state.scale), None)
+
+
+def _zero_squares(state: ScaleState) -> Tensor:
+    device = "cpu" if state.scale.device.type == "mps" else state.scale.device
+    return torch.zeros((), dtype=torch.float64, device=device)

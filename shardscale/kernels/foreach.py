@@ -1,0 +1,181 @@
+"""The kernels by torch's multi-tensor operators: one launch for many tensors of a device and dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.utils._foreach_utils import _group_tensors_by_device_and_dtype
+
+__all__ = ["check_", "scale_", "unscale_"]
+
+# Elements squared at a time on the CPU: at most 512 KiB of float64, which stays in the cache.
+_CHUNK = 2**16
+_SAFE_SQUARE = 1e-25
+
+
+def unscale_(
+    grads: Sequence[Tensor],
+    inv_scale: Tensor,
+    found_inf: Tensor,
+    sum_squares: Tensor | None = None,
+) -> None:
+    """Multiply each gradient by ``inv_scale`` in place, looking for Inf and NaN on the way.
+
+    Args:
+        grads: Real dense tensors of any shape, device and floating dtype.
+        inv_scale: () float32. Exactly 1 leaves every bit alone.
+        found_inf: () float32; becomes 1.0 if an element is not finite, is left alone otherwise. The
+            scaled input is judged; where ``inv_scale`` exceeds 1, the product too. An
+            ``inv_scale`` of 0 or that is not finite counts as found: it would make every step zero.
+        sum_squares: () float64; the sum of the squared products, rounded as stored, is added to it.
+
+    Sync: none on an accelerator.
+    """
+    _refuse_useless(inv_scale, found_inf)
+    for device, dtype, group in _groups(grads):
+        flag = found_inf if device == found_inf.device else torch.zeros((), device=device)
+        factor = inv_scale.to(device, non_blocking=True)
+        if _amp_op_knows(device, dtype):
+            _amp_op_(group, flag, factor)
+            # On the host one look saves the pass that judges the product; a device is not asked.
+            if device.type != "cpu" or factor.item() > 1:
+                _judge_largest(group, flag, torch.ones_like(factor))
+        else:
+            _judge_largest(group, flag, factor)
+            _multiply_(group, factor)
+        if flag is not found_inf:
+            found_inf.copy_(torch.maximum(found_inf, flag.to(found_inf.device)))
+        if sum_squares is not None:
+            sum_squares += _sum_squares(group).to(sum_squares.device)
+
+
+def check_(grads: Sequence[Tensor], inv_scale: Tensor, found_inf: Tensor) -> None:
+    """Judge gradients as :func:`unscale_` does, but leave them scaled.
+
+    Args:
+        grads: Real dense tensors of any shape, device and floating dtype.
+        inv_scale: () float32, what they will be multiplied by.
+        found_inf: () float32; becomes 1.0 if an element, or its product, is not finite.
+
+    Sync: none on an accelerator.
+    """
+    _refuse_useless(inv_scale, found_inf)
+    for device, _, group in _groups(grads):
+        flag = found_inf if device == found_inf.device else torch.zeros((), device=device)
+        factor = inv_scale.to(device, non_blocking=True)
+        if device.type == "cpu" and factor.item() <= 1:
+            _amp_op_(group, flag, torch.ones_like(factor))  # times one: every bit is left alone
+        else:
+            _judge_largest(group, flag, factor)
+        if flag is not found_inf:
+            found_inf.copy_(torch.maximum(found_inf, flag.to(found_inf.device)))
+
+
+def scale_(grads: Sequence[Tensor], factor: Tensor) -> None:
+    """Multiply each gradient by ``factor``, () float32, in place; exactly 1 leaves every bit alone.
+
+    Sync: none on an accelerator.
+    """
+    if factor.is_cpu and factor.item() == 1:
+        return
+    for device, dtype, group in _groups(grads):
+        local = factor.to(device, non_blocking=True)
+        if _amp_op_knows(device, dtype):
+            _amp_op_(group, torch.zeros((), device=device), local)
+        else:
+            _multiply_(group, local)
+
+
+def _groups(grads: Sequence[Tensor]) -> Iterator[tuple[torch.device, torch.dtype, list[Tensor]]]:
+    if not grads:
+        return
+    for (device, dtype), ([group], _) in _group_tensors_by_device_and_dtype([list(grads)]).items():
+        assert dtype is not None
+        yield device, dtype, group
+
+
+def _amp_op_(group: list[Tensor], found_inf: Tensor, inv_scale: Tensor) -> None:
+    torch._amp_foreach_non_finite_check_and_unscale_(group, found_inf, inv_scale)
+
+
+def _amp_op_knows(device: torch.device, dtype: torch.dtype) -> bool:
+    # On CUDA the operator refuses bfloat16, and judges float64 after rounding it to float32.
+    return device.type == "cpu" or dtype in (torch.float32, torch.float16)
+
+
+def _refuse_useless(inv_scale: Tensor, found_inf: Tensor) -> None:
+    useless = ~((inv_scale > 0) & inv_scale.isfinite())
+    found_inf.copy_(torch.where(useless, 1.0, found_inf))
+
+
+def _judge_largest(group: list[Tensor], found_inf: Tensor, inv_scale: Tensor) -> None:
+    """Judge a group by the largest magnitude of each tensor, which its dtype holds; NaN prevails."""
+    largest = torch._foreach_norm([g for g in group if g.numel()], float("inf"))
+    if not largest:
+        return
+    scaled = torch.stack(largest)
+    product = (scaled.double() * inv_scale.double()).to(scaled.dtype)
+    bad = ~(scaled.isfinite() & product.isfinite()).all()
+    found_inf.copy_(torch.maximum(found_inf, bad.float()))
+
+
+def _multiply_(group: list[Tensor], factor: Tensor) -> None:
+    if group[0].dtype == torch.float64:
+        torch._foreach_mul_(group, factor.double())
+        return
+    # A 0-dim factor would be rounded to the gradient's dtype first; a 1-dim one is not.
+    for g in group:
+        flat = g.view(1) if g.dim() == 0 else g
+        torch.mul(flat, factor.view(1), out=flat)
+
+
+def _sum_squares(group: list[Tensor]) -> Tensor:
+    if group[0].device.type == "cpu":
+        return _sum_squares_in_chunks(group)
+    filled = [g for g in group if g.numel()]
+    if not filled:
+        return torch.zeros((), dtype=torch.float64, device=group[0].device)
+    norms = torch._foreach_norm(filled, 2, dtype=torch.float64)
+    return torch.stack(norms).square().sum()
+
+
+def _sum_squares_in_chunks(group: list[Tensor]) -> Tensor:
+    total = 0.0
+    for chunk in _chunks(group):
+        square = torch.dot(chunk, chunk).item() if chunk.dtype == torch.float32 else 0.0
+        # float32 squares of large values overflow and those of small ones vanish; float64 holds
+        # the square of every float32.
+        if not _SAFE_SQUARE < square < 1 / _SAFE_SQUARE:
+            wide = chunk.double()
+            square = torch.dot(wide, wide).item()
+        total += square
+    return torch.tensor(total, dtype=torch.float64)
+
+
+def _chunks(group: list[Tensor]) -> Iterator[Tensor]:
+    """All elements of the group as flat tensors of about ``_CHUNK``: no gradient is copied whole."""
+    batch: list[Tensor] = []
+    num_batched = 0
+    for g in group:
+        if g.numel() > _CHUNK:
+            yield from _pieces(g)
+            continue
+        batch.append(g.view(-1) if g.is_contiguous() else g.reshape(-1))
+        num_batched += g.numel()
+        if num_batched >= _CHUNK:
+            yield torch.cat(batch)
+            batch, num_batched = [], 0
+    if batch:
+        yield torch.cat(batch)
+
+
+def _pieces(g: Tensor) -> Iterator[Tensor]:
+    # A sum knows no order: a dense tensor of any permutation is read as its memory lies.
+    g = g.permute(sorted(range(g.dim()), key=g.stride, reverse=True))
+    if g.is_contiguous():
+        yield from g.view(-1).split(_CHUNK)
+    else:
+        for row in g.unbind(0):
+            yield from _chunks([row])

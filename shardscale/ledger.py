@@ -1,0 +1,151 @@
+"""What the host learns late: verdicts and reports, read one iteration after they were made."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from shardscale.records import Agreement, Call, StepReport
+
+__all__ = ["Flags", "Ledger", "Unread"]
+
+
+class Flags(NamedTuple):
+    """A verdict's three flags, read by the host."""
+
+    found: bool
+    drifted: bool
+    faulted: bool
+
+
+class Unread(NamedTuple):
+    """A verdict whose flags the host has not read, and what this rank would tell about it."""
+
+    agreement: Agreement
+    call: Call
+    fault: Exception | None
+
+
+class _Page(NamedTuple):
+    """One iteration, on its way to the host."""
+
+    step: int
+    numbers: Tensor  # (6,) float32 on the host: found, drifted, faulted, scale, next scale, norm
+    arrived: torch.Event | None  # the copy is done; None where there was nothing to copy
+    unread: Unread | None  # any verdict of the iteration that the host did not read in time
+
+
+class Ledger:
+    """Verdicts the host has not seen, and reports of finished iterations.
+
+    With a fused optimizer nothing is read while an iteration runs. Its numbers start their way to
+    the host at ``update``, and are read at the next ``update``, when they have long arrived; on the
+    CPU too, so that what is tested there is what happens on a GPU.
+    """
+
+    def __init__(self) -> None:
+        self.last_report: StepReport | None = None
+        self._num_skipped = 0
+        self._unread: dict[int, Unread] = {}
+        self._read: dict[int, Flags] = {}
+        self._page: _Page | None = None
+        self._num_skips_at_floor = 0
+
+    @property
+    def num_skipped(self) -> int:
+        """Skipped iterations so far, the one not read yet included.
+
+        Sync: waits for a copy that was started an iteration ago.
+        """
+        if self._page is None:
+            return self._num_skipped
+        if self._page.arrived is not None:
+            self._page.arrived.synchronize()
+        return self._num_skipped + int(self._page.numbers[0].item())
+
+    @num_skipped.setter
+    def num_skipped(self, num: int) -> None:
+        self._num_skipped = num
+
+    def note(self, unread: Unread) -> None:
+        """Remember a verdict that was just made."""
+        self._unread[id(unread.agreement)] = unread
+
+    def read(self, agreement: Agreement) -> Flags:
+        """The flags of a verdict, now.
+
+        Sync: one read of a verdict not read before.
+        """
+        self._unread.pop(id(agreement), None)
+        if id(agreement) not in self._read:
+            self._read[id(agreement)] = Flags(*(flag > 0 for flag in agreement.flags.tolist()))
+        return self._read[id(agreement)]
+
+    def turn(
+        self,
+        step: int,
+        scale: Tensor,
+        next_scale: Tensor,
+        agreements: Sequence[tuple[Agreement, Call]],
+        floor: float | None,
+    ) -> None:
+        """Close an iteration: its numbers set out for the host.
+
+        Args:
+            step: The iteration's number.
+            scale: () float32, before the update.
+            next_scale: () float32, after it.
+            agreements: The iteration's verdicts.
+            floor: The smallest scale of the policy, if it has one.
+
+        Sync: none.
+        """
+        if not agreements:
+            return
+        flags = torch.stack([agreement.flags for agreement, _ in agreements]).amax(0)
+        norms = [a.grad_norm for a, call in agreements if call.max_norm is not None]
+        norm = norms[-1] if norms else torch.full_like(scale, math.nan)
+        on = flags.device
+        numbers = torch.cat([flags, torch.stack([t.to(on) for t in (scale, next_scale, norm)])])
+        unread = next(reversed(self._unread.values()), None)
+        arrived = None
+        if not numbers.is_cpu:
+            numbers = numbers.to("cpu", non_blocking=True)
+            arrived = torch.Event(on.type)
+            arrived.record()
+        self._page = _Page(step, numbers, arrived, unread)
+        self._unread, self._read = {}, {}
+        if unread is None and arrived is None:
+            self.open(floor)
+
+    def open(self, floor: float | None) -> tuple[Flags, Unread | None] | None:
+        """Read the iteration closed last, if it was not read yet: its flags, and an unread verdict.
+
+        Sync: waits for a copy that was started an iteration ago.
+        """
+        page, self._page = self._page, None
+        if page is None:
+            return None
+        if page.arrived is not None:
+            page.arrived.synchronize()
+        found, drifted, faulted, scale, next_scale, norm = page.numbers.tolist()
+        skipped = found > 0
+        self._num_skipped += skipped
+        self.last_report = StepReport(page.step, scale, next_scale, skipped, norm, ())
+        self._warn_at_floor(self.last_report, floor)
+        return Flags(skipped, drifted > 0, faulted > 0), page.unread
+
+    def _warn_at_floor(self, report: StepReport, floor: float | None) -> None:
+        at_floor = floor is not None and report.skipped and report.next_scale <= floor
+        self._num_skips_at_floor = self._num_skips_at_floor + 1 if at_floor else 0
+        if self._num_skips_at_floor == 2:
+            warnings.warn(
+                f"steps are skipped although the scale is at its floor, {floor:g}: scaling is not "
+                "the cause. Look for Inf or NaN in the data, the loss or the learning rate.",
+                stacklevel=4,
+            )

@@ -1,0 +1,74 @@
+"""The contract of a scale policy."""
+
+from __future__ import annotations
+
+import math
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from shardscale.errors import ConfigError
+from shardscale.records import ScaleState
+
+__all__ = ["LARGEST_SCALE", "SMALLEST_SCALE", "ScalePolicy", "first_state"]
+
+# Below the smallest normal float32 the inverse overflows, and every later step would be skipped.
+SMALLEST_SCALE = 2.0**-126
+LARGEST_SCALE = torch.finfo(torch.float32).max
+
+
+class ScalePolicy(Protocol):
+    """Decides the next scale; an immutable value whose ``repr`` tells all of its numbers.
+
+    All ranks must hold equal policies: the repr is part of the message in which ranks agree.
+    """
+
+    def init(self, init_scale: float, device: torch.device | str) -> ScaleState:
+        """The first state, with this scale.
+
+        Args:
+            init_scale: The scale to begin with.
+            device: Where the state's tensors are made.
+
+        Raises:
+            ConfigError: the scale is not finite, not positive or outside the policy's range.
+        """
+        ...
+
+    def next_state(self, state: ScaleState, found_inf: Tensor) -> ScaleState:
+        """The state after one iteration; new tensors, ``state`` is left alone.
+
+        Must be a pure function, and branch-free: the tensors may live on a device and must not be
+        read. The same state and flag must give the same bits on every rank.
+
+        Args:
+            state: The state that the iteration ran with.
+            found_inf: () float32, 1.0 if any step of the iteration was bad, else 0.0.
+        """
+        ...
+
+
+def first_state(
+    init_scale: float,
+    device: torch.device | str,
+    hysteresis: int = 1,
+    min_scale: float = SMALLEST_SCALE,
+    max_scale: float = LARGEST_SCALE,
+) -> ScaleState:
+    """A state with this scale and fresh trackers.
+
+    Raises:
+        ConfigError: the scale is not finite, not positive or outside the range.
+    """
+    if not (math.isfinite(init_scale) and min_scale <= init_scale <= max_scale):
+        raise ConfigError(
+            f"the scale is {init_scale!r}, but must be a finite number in "
+            f"[{min_scale:g}, {max_scale:g}]. To widen the range, pass a policy with other "
+            "min_scale and max_scale."
+        )
+    return ScaleState(
+        torch.tensor(init_scale, dtype=torch.float32, device=device),
+        torch.tensor(0, dtype=torch.int32, device=device),
+        torch.tensor(hysteresis, dtype=torch.int32, device=device),
+    )

@@ -1,0 +1,586 @@
+"""The scaler: torch's method names over one agreed verdict."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from shardscale.checkpoint import from_state_dict, to_state_dict
+from shardscale.comm import Bond, Communicator, Solo
+from shardscale.errors import ConfigError, StageError, StateError
+from shardscale.fused import is_fused, step_fused, takes_grad_scaler
+from shardscale.judge import Judge, Question
+from shardscale.kernels import NAME as KERNEL
+from shardscale.layouts import Copies
+from shardscale.outputs import map_tensors, scale_gradient, times_scale
+from shardscale.policy import ConstantScale, DynamicScale, ScalePolicy
+from shardscale.records import Agreement, Call, ScaleState, StepReport, Verdict
+from shardscale.stages import as_list
+from shardscale.torch_names import TorchNames
+
+__all__ = ["ShardedGradScaler"]
+
+
+class ShardedGradScaler(TorchNames, torch.amp.GradScaler):
+    """A gradient scaler whose every rank skips or steps together.
+
+    Takes the place of ``torch.amp.GradScaler`` and of torch's ``ShardedGradScaler``. Whatever the
+    optimizers, dtypes, devices and shards, one small all-reduce per call gives all ranks of the job
+    the same verdict. Alone, or before a process group exists, it is torch's scaler bit for bit.
+
+    Wherever a method takes optimizers, it takes one or a sequence of them, possibly empty: one call
+    is one verdict. Every rank makes the same sequence of calls; a rank without an optimizer passes
+    ``()``.
+
+    Args:
+        device: The type of device on which scale and trackers live. "cuda" without CUDA warns and
+            disables the scaler, as torch does.
+        init_scale: The scale to begin with.
+        growth_factor: See :class:`~shardscale.DynamicScale`.
+        backoff_factor: See there.
+        growth_interval: See there.
+        enabled: If False every method but ``clip_grad_norm_`` passes through.
+        process_group: The agreeing group; None for the whole job. Where some ranks never train it
+            must be named.
+        comm: A communicator instead of a process group; not both.
+        policy: How the scale moves, instead of the three numbers above.
+        model: Short for ``attach(model)``.
+        timeout_s: Seconds that a verdict may take. None: 60 for the first one, the group's own
+            timeout after that.
+        fold_clip: Reserved; only False is accepted so far.
+        sync: Read every verdict at once, also with fused optimizers. For debugging: errors come at
+            the call that made them, for one host read per call.
+
+    Raises:
+        ConfigError: an argument is out of range; says the value and what is allowed.
+
+    >>> import torch
+    >>> weight = torch.nn.Parameter(torch.ones(2))
+    >>> optimizer = torch.optim.SGD([weight], lr=0.5)
+    >>> scaler = ShardedGradScaler("cpu")
+    >>> scaler.scale(weight.sum()).backward()
+    >>> scaler.step(optimizer)
+    >>> scaler.update()
+    >>> weight.tolist(), scaler.get_scale()
+    ([0.5, 0.5], 65536.0)
+    """
+
+    def __init__(
+        self,
+        device: str = "cuda",
+        init_scale: float = 2.0**16,
+        *,
+        growth_factor: float = 2.0,
+        backoff_factor: float = 0.5,
+        growth_interval: int = 2000,
+        enabled: bool = True,
+        process_group: dist.ProcessGroup | None = None,
+        comm: Communicator | None = None,
+        policy: ScalePolicy | None = None,
+        model: nn.Module | None = None,
+        timeout_s: float | None = None,
+        fold_clip: bool = False,
+        sync: bool = False,
+    ) -> None:
+        self._device = device
+        self._enabled = enabled and _is_usable(device)
+        numbers = (growth_factor, backoff_factor, growth_interval)
+        if policy is not None and numbers != (2.0, 0.5, 2000):
+            raise ConfigError(
+                "growth_factor, backoff_factor or growth_interval is given beside policy=. "
+                "Give these numbers to the policy."
+            )
+        if fold_clip:
+            raise ConfigError("fold_clip is True, but only False is supported so far.")
+        if self._enabled:
+            self._policy = policy or DynamicScale(*numbers)
+            self._state = self._policy.init(init_scale, "cpu")
+        else:
+            self._policy = ConstantScale()
+            self._state = self._policy.init(1.0, "cpu")
+        self._is_placed = False
+        self._judge = Judge(Bond(process_group, comm, timeout_s), sync)
+        if model is not None:
+            self.attach(model)
+
+    def attach(self, model: nn.Module, *, copies: Copies | None = None) -> Self:
+        """Learn a model's parameter names and layouts, for the norm and for messages.
+
+        Args:
+            model: The model, wrapped as it will be trained.
+            copies: Where ranks of the group are left over that a parameter's own layout does not
+                speak of: ``copies(name, param)`` returns the process group or the ranks that hold
+                the same gradient besides, this rank included, or None for nowhere else.
+                ``shardscale.distinct`` says None for all.
+
+        Collective: none.
+        """
+        self._judge.layouts.attach(model, copies)
+        return self
+
+    def describe(self) -> str:
+        """A table of the attached parameters: layout, who counts it in the norm, kernel.
+
+        Collective: none; every rank has its own table.
+        """
+        comm = self._judge.bond.communicator() or Solo()
+        return self._judge.layouts.describe(self._judge.layouts.params(), comm, KERNEL)
+
+    def scale(self, outputs: Any) -> Any:
+        """Multiply by the scale; begins a new iteration.
+
+        Args:
+            outputs: A tensor, or a list, tuple, namedtuple, dict or iterable of them.
+
+        Returns:
+            The same structure. 16-bit tensors are scaled in float32 and stay float32.
+
+        Raises:
+            ValueError: something in ``outputs`` is neither.
+
+        Collective: none.
+        """
+        if not self._enabled:
+            return outputs
+        self.begin()
+        return map_tensors(functools.partial(times_scale, scale=self._state.scale), outputs)
+
+    def wrap_loss(self, loss_fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """A loss function with the same values, whose gradient alone is scaled.
+
+        For pipeline schedules, which call ``backward`` themselves. Begins a new iteration whenever
+        it is called.
+
+        Collective: none.
+        """
+
+        def wrapped(*args: Any, **kwargs: Any) -> Tensor:
+            loss = loss_fn(*args, **kwargs)
+            if not self._enabled:
+                return loss
+            self.begin()
+            return scale_gradient(loss, self._state.scale)
+
+        return wrapped
+
+    def begin(self) -> None:
+        """Begin a new iteration on a rank that sees no loss; ``scale`` does so by itself.
+
+        Gradients made from here on are unscaled by the scale of now, however often ``update`` is
+        called before their optimizer steps.
+
+        Collective: none.
+        """
+        if self._enabled:
+            self._place()
+            self._judge.stages.begin()
+
+    def unscale_(self, optimizers: Any) -> None:
+        """Divide the gradients by the scale, in place, and agree on whether all are finite.
+
+        Args:
+            optimizers: One optimizer or a sequence of them, possibly empty.
+
+        Raises:
+            StageError: one of them is unscaled already, or has stepped.
+            LayoutError: a gradient cannot be judged; names the parameter.
+            MissingRankError: a rank did not come.
+
+        Collective: every rank of the group must call; sends 2 float64, once.
+        Sync: none.
+        """
+        listed, _ = as_list(optimizers)
+        if not self._enabled:
+            return
+        mistake = self._judge.stages.mistake_in_unscaling(listed)
+        self._ask(Question("unscale_", listed, mistake))
+
+    def clip_grad_norm_(self, optimizers: Any, max_norm: float) -> Tensor:
+        """Unscale, unless that is done, and clip the norm of all gradients on all ranks.
+
+        Nothing is clipped where the verdict is a skip. A disabled scaler clips, too.
+
+        Args:
+            optimizers: One optimizer or a sequence of them, clipped jointly; possibly empty.
+            max_norm: The largest L2 norm; ``math.inf`` only measures.
+
+        Returns:
+            The norm before clipping, () float32, the same bits on every rank. Finite gradients give
+            a finite norm; one that is not finite counts as found.
+
+        Raises:
+            ConfigError: ``max_norm`` is negative or NaN.
+            StageError: one of the optimizers has stepped, or only some are unscaled.
+            LayoutError: it is not known which ranks hold copies of a gradient; see ``attach``.
+            MissingRankError: a rank did not come.
+
+        Collective: every rank of the group must call; sends 2 float64, once.
+        Sync: none on an accelerator.
+        """
+        listed, _ = as_list(optimizers)
+        if not max_norm >= 0:
+            raise ConfigError(
+                f"max_norm is {max_norm!r}, but must be a number that is not negative."
+            )
+        mistake = self._judge.stages.mistake_in_clipping(listed)
+        question = Question("clip_grad_norm_", listed, mistake, max_norm=float(max_norm))
+        agreement = self._ask(question)
+        self._judge.clip_(question, agreement)
+        if not self._enabled:
+            self._judge.stages.clear()
+        return agreement.grad_norm
+
+    def step(self, optimizers: Any, *args: Any, **kwargs: Any) -> Any:
+        """Step the optimizers if all gradients on all ranks are finite; else skip on all ranks.
+
+        Unscales first what is not unscaled yet. All optimizers of one call step, or all skip.
+
+        Args:
+            optimizers: One optimizer or a sequence of them, possibly empty.
+            *args: For each ``optimizer.step``.
+            **kwargs: For each ``optimizer.step``; no closure.
+
+        Returns:
+            What ``optimizer.step`` returned, a list of that for a sequence; None on a skip.
+
+        Raises:
+            RuntimeError: a closure was passed.
+            StageError: an optimizer has stepped since the last update, only some of a sequence have
+                a verdict, or an optimizer of the older kind never asked for one.
+            DisagreementError: the ranks do not make the same call in the same state.
+            LayoutError: a gradient cannot be judged; names the parameter.
+            MissingRankError: a rank did not come.
+
+        Collective: every rank of the group must call; sends 2 float64, once, unless the optimizers
+            have a verdict already.
+        Sync: none for fused optimizers, one read otherwise.
+        """
+        listed, single = as_list(optimizers)
+        if not self._enabled:
+            returned = [optimizer.step(*args, **kwargs) for optimizer in listed]
+            return returned[0] if single else returned
+        _refuse_closure(args, kwargs)
+        mistake = self._judge.stages.mistake_in_stepping(listed)
+        if single and mistake is None and takes_grad_scaler(listed[0]):
+            return self._step_with_grad_scaler(listed[0], args, kwargs)
+        if mistake is not None or self._needs_verdict(listed):
+            self._ask(Question("step", listed, mistake, leaves_scaled=True))
+        found = self._verdicts(listed)
+        skips = False
+        if not listed or not all(map(is_fused, listed)):
+            skips = any([self._judge.read(agreement, call) for agreement, call in found])
+        returned = [self._step_one(o, found, skips, args, kwargs) for o in listed]
+        self._judge.stages.mark_stepped(listed)
+        if skips:
+            return None
+        return returned[0] if single else returned
+
+    def update(self, new_scale: float | Tensor | None = None) -> None:
+        """Close the iteration: move the scale by the policy, or set it.
+
+        With fused optimizers this is also where the host learns what the iteration before brought.
+
+        Args:
+            new_scale: A number or a tensor of one element; the trackers are kept.
+
+        Raises:
+            StateError: no verdict was made since the last update.
+            ConfigError: ``new_scale`` is not finite, not positive or outside the policy's range;
+                nothing was changed.
+            DisagreementError: in the iteration before, the ranks did not make the same calls.
+
+        Collective: none, but where the ranks disagree.
+        Sync: none; reads what was sent to the host an iteration ago.
+        """
+        if not self._enabled:
+            return
+        floor = getattr(self._policy, "min_scale", None)
+        stages, ledger = self._judge.stages, self._judge.ledger
+        self._judge.read_late(floor)
+        state = self._place()
+        agreements = stages.agreements()
+        if new_scale is None:
+            self._require_records()
+            found_inf = torch.stack([agreement.found_inf for agreement, _ in agreements]).amax()
+            after = self._policy.next_state(state, found_inf.to(state.scale.device))
+        else:
+            chosen = self._policy.init(_as_number(new_scale), state.scale.device)
+            after = state._replace(scale=chosen.scale)
+        stages.keep_stamp(state.scale)
+        ledger.turn(self._judge.num_updates, state.scale, after.scale, agreements, floor)
+        for old, new in zip(state, after, strict=True):
+            old.copy_(new)
+        stages.clear()
+        self._judge.num_updates += 1
+
+    def verdict(self, optimizers: Any) -> Verdict:
+        """What the ranks decided about these optimizers since the last update.
+
+        Args:
+            optimizers: One optimizer or a sequence of them, as passed to the call that judged them.
+
+        Returns:
+            Joint over the sequence; ``grad_norm`` is NaN unless one ``clip_grad_norm_`` covered it.
+
+        Raises:
+            StageError: one of them has no verdict yet.
+
+        Collective: none.
+        Sync: none.
+        """
+        listed, _ = as_list(optimizers)
+        found = self._verdicts(listed)
+        if not found or not all(self._judge.stages.of(o).was_judged for o in listed):
+            raise StageError(
+                "verdict() was called before there is one. Call unscale_(), clip_grad_norm_() or "
+                "step() with these optimizers first, and verdict() before update()."
+            )
+        if len(found) == 1:
+            return found[0][0].verdict
+        found_inf = torch.stack([agreement.found_inf for agreement, _ in found]).amax()
+        return Verdict(found_inf, torch.full_like(found_inf, math.nan))
+
+    def last_report(self) -> StepReport | None:
+        """The newest iteration that the host knows all about, or None before the first.
+
+        With fused optimizers, or a scale on an accelerator, that is one iteration behind.
+
+        Collective: none; may be called on one rank.
+        """
+        return self._judge.ledger.last_report
+
+    def state_dict(self) -> dict[str, Any]:
+        """torch's five keys and, under "shardscale", ours; plain numbers. Empty if disabled.
+
+        Collective: none.
+        Sync: reads the scale and the trackers.
+        """
+        if not self._enabled:
+            return {}
+        judge = self._judge
+        return to_state_dict(self._policy, self._state, judge.num_updates, judge.ledger.num_skipped)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take over a state of this class or of one of torch's; ignored if disabled.
+
+        Must be done on all ranks alike: it also ends a disagreement.
+
+        Raises:
+            StateError: the state is empty, or of another policy or a newer version.
+            KeyError: one of torch's keys is missing.
+            ConfigError: a number is out of range; nothing was changed.
+
+        Collective: none.
+        """
+        if not self._enabled:
+            return
+        loaded = from_state_dict(state_dict, self._policy)
+        self._policy = loaded.policy
+        for mine, saved in zip(self._state, loaded.state, strict=True):
+            mine.copy_(saved)
+        self._judge.forget()
+        self._judge.num_updates = loaded.num_updates
+        self._judge.ledger.num_skipped = loaded.num_skipped
+
+    def get_scale(self) -> float:
+        """The scale, 1.0 if disabled.
+
+        Sync: one read.
+        """
+        return float(self._state.scale.item())
+
+    def get_growth_factor(self) -> float:
+        """What the scale grows by; 1.0 where the policy has no growth."""
+        return float(getattr(self._policy, "growth_factor", 1.0))
+
+    def set_growth_factor(self, new_factor: float) -> None:
+        """Change it, on all ranks alike.
+
+        Raises:
+            ConfigError: out of range, or the policy has no such number.
+        """
+        self._change_policy(growth_factor=new_factor)
+
+    def get_backoff_factor(self) -> float:
+        """What the scale is reduced by; 1.0 where the policy has no backoff."""
+        return float(getattr(self._policy, "backoff_factor", 1.0))
+
+    def set_backoff_factor(self, new_factor: float) -> None:
+        """Change it, on all ranks alike.
+
+        Raises:
+            ConfigError: out of range, or the policy has no such number.
+        """
+        self._change_policy(backoff_factor=new_factor)
+
+    def get_growth_interval(self) -> int:
+        """Good steps in a row before the scale grows; 2^31 - 1 where the policy has no growth."""
+        return int(getattr(self._policy, "growth_interval", 2**31 - 1))
+
+    def set_growth_interval(self, new_interval: int) -> None:
+        """Change it, on all ranks alike.
+
+        Raises:
+            ConfigError: out of range, or the policy has no such number.
+        """
+        self._change_policy(growth_interval=new_interval)
+
+    def is_enabled(self) -> bool:
+        """Whether anything is scaled."""
+        return self._enabled
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self._judge.stages.entries or self._judge.stages.empty:
+            raise StateError(
+                "A GradScaler instance may only be pickled at the beginning "
+                "of an iteration, or at the end after scaler.update()."
+            )
+        saved: dict[str, Any] = {"device": self._device, "enabled": self._enabled}
+        saved["sync"] = self._judge.sync
+        # A group belongs to the processes that made it; the copy finds its own.
+        saved["timeout_s"] = self._judge.bond.timeout_s
+        if self._enabled:
+            saved["policy"] = self._policy
+            saved["state_dict"] = self.state_dict()
+        return saved
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        saved = state.pop("state_dict", {})
+        self.__init__(**state)  # type: ignore[misc]
+        self.load_state_dict(saved)
+
+    def _place(self, device: torch.device | None = None) -> ScaleState:
+        """The state on its device: the current one of type ``device`` at first use, then for good."""
+        if not self._is_placed:
+            target = device or self._device
+            self._state = ScaleState(*(t.to(target) for t in self._state))
+            self._is_placed = True
+        return self._state
+
+    def _ask(self, question: Question) -> Agreement:
+        return self._judge.judge(question, self._place(), self._policy)
+
+    def _needs_verdict(self, listed: Sequence[Any]) -> bool:
+        stages = self._judge.stages
+        if listed:
+            return not all(stages.of(optimizer).was_judged for optimizer in listed)
+        if stages.num_unused_empty == 0:
+            return True
+        stages.num_unused_empty -= 1
+        return False
+
+    def _verdicts(self, listed: Sequence[Any]) -> list[tuple[Agreement, Call]]:
+        """The verdicts these optimizers have, each once; for none, those this rank joined in."""
+        if not listed:
+            return self._judge.stages.empty
+        entries = [self._judge.stages.of(optimizer) for optimizer in listed]
+        found = [(e.agreement, e.call) for e in entries if e.agreement and e.call]
+        return list({id(agreement): (agreement, call) for agreement, call in found}.values())
+
+    def _step_one(
+        self,
+        optimizer: Any,
+        found: Sequence[tuple[Agreement, Call]],
+        skips: bool,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        entry = self._judge.stages.of(optimizer)
+        if takes_grad_scaler(optimizer):
+            return self._pass_itself(optimizer, args, kwargs)
+        if is_fused(optimizer):
+            found_inf = torch.stack([agreement.found_inf for agreement, _ in found]).amax()
+            stamp = self._judge.stages.stamp([optimizer], self._state.scale)
+            return step_fused(
+                optimizer, None if entry.is_unscaled else stamp, found_inf, args, kwargs
+            )
+        if entry.num_grads == 0 and self._judge.bond.communicator() is None:
+            raise StateError("No inf checks were recorded for this optimizer.")
+        if skips:
+            return None
+        if not entry.is_unscaled:
+            self._judge.unscale_locally_(optimizer, self._state)
+        return optimizer.step(*args, **kwargs)
+
+    def _step_with_grad_scaler(
+        self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """An optimizer that asks for its verdict itself, by torch's semi-public names."""
+        returned = self._pass_itself(optimizer, args, kwargs)
+        if not self._judge.stages.of(optimizer).was_judged:
+            mistake = StageError(
+                f"{type(optimizer).__name__}.step(grad_scaler=...) returned without having asked "
+                "the scaler for a verdict, so it may have stepped on Inf. It must call "
+                "grad_scaler._check_inf_per_device(self) and obey it."
+            )
+            self._ask(Question("step", [optimizer], mistake, leaves_scaled=True))
+        self._judge.stages.mark_stepped([optimizer])
+        return returned
+
+    def _pass_itself(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        warnings.warn(
+            "GradScaler is going to stop passing itself as a keyword argument to the passed "
+            "optimizer. In the near future GradScaler registers `grad_scale: Tensor` and "
+            "`found_inf: Tensor` to the passed optimizer and let the optimizer use them directly.",
+            FutureWarning,
+            stacklevel=4,
+        )
+        return optimizer.step(*args, **kwargs, grad_scaler=self)
+
+    def _require_records(self) -> None:
+        stages = self._judge.stages
+        nothing_checked = not stages.agreements()
+        if self._judge.bond.communicator() is None and not stages.empty:
+            nothing_checked = not any(entry.num_grads for entry in stages.entries.values())
+        if nothing_checked:
+            raise StateError(
+                "No inf checks were recorded prior to update. "
+                "Call step() with every optimizer of the iteration first."
+            )
+
+    def _change_policy(self, **changes: Any) -> None:
+        name = next(iter(changes))
+        if not hasattr(self._policy, name):
+            raise ConfigError(
+                f"{name} cannot be set: policy {type(self._policy).__name__} has no such number."
+            )
+        self._policy = dataclasses.replace(self._policy, **changes)  # type: ignore[type-var]
+
+
+def _is_usable(device: str) -> bool:
+    if device != "cuda" or not torch.cuda.amp.common.amp_definitely_not_available():
+        return True
+    warnings.warn(
+        "torch.cuda.amp.GradScaler is enabled, but CUDA is not available.  Disabling. "
+        'For training on the CPU pass device="cpu".',
+        stacklevel=3,
+    )
+    return False
+
+
+def _refuse_closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if "closure" in kwargs or any(map(callable, args)):
+        raise RuntimeError("Closure use is not currently supported if GradScaler is enabled.")
+
+
+def _as_number(new_scale: float | Tensor) -> float:
+    if isinstance(new_scale, Tensor):
+        if new_scale.numel() != 1 or new_scale.requires_grad:
+            raise ConfigError(
+                "new_scale should be a float or a 1-element torch.cuda.FloatTensor or "
+                "torch.FloatTensor with requires_grad=False; "
+                f"found shape {tuple(new_scale.shape)}, requires_grad={new_scale.requires_grad}."
+            )
+        return float(new_scale.item())
+    if isinstance(new_scale, bool) or not isinstance(new_scale, int | float):
+        raise ConfigError(f"new_scale is {new_scale!r}, but must be a number or a tensor of one.")
+    return float(new_scale)

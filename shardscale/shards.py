@@ -1,0 +1,146 @@
+"""From an optimizer to the local gradient shards that this rank can measure and multiply."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from shardscale.errors import LayoutError
+
+__all__ = ["GradShard", "local_shards", "params_of"]
+
+_DTYPES = {
+    torch.float16,
+    torch.bfloat16,
+    torch.float32,
+    torch.float64,
+    torch.complex64,
+    torch.complex128,
+}
+
+
+class GradShard(NamedTuple):
+    """One gradient's part on this rank."""
+
+    param: Tensor  # as the optimizer holds it, DTensor or plain
+    grad: Tensor  # real, dense, plain; shares memory with the gradient, may be empty
+
+
+def local_shards(
+    optimizer: Any, name_of: Callable[[Tensor], str], coalesced: bool = False
+) -> list[GradShard]:
+    """The local shards of an optimizer's gradients, each once, in the optimizer's order.
+
+    Gradients that are None are left out. DTensors give their local tensor; DTensor's own dispatch is
+    never asked. Complex gradients give their real view, sparse ones their values.
+
+    Args:
+        optimizer: Anything with ``param_groups``.
+        name_of: What to call a parameter in an error.
+        coalesced: Sparse gradients must hold each element once, as their norm needs; uncoalesced
+            ones are replaced. Float16 ones are coalesced, in float32, in any case.
+
+    Raises:
+        LayoutError: a gradient has a dtype or layout that cannot be judged, its elements share
+            memory, or it is not laid out as its parameter; names the parameter.
+    """
+    found = [(p, g) for p in params_of(optimizer) if (g := p.grad) is not None]
+    params = [p for p, _ in found]
+    grads = [g for _, g in found]
+    if len(set(map(id, grads))) < len(grads):
+        first = {id(g): i for i, g in reversed(list(enumerate(grads)))}
+        kept = [i for i, g in enumerate(grads) if first[id(g)] == i]
+        params, grads = [params[i] for i in kept], [grads[i] for i in kept]
+    if {type(g) for g in grads} == {DTensor}:
+        for p, g in zip(params, grads, strict=True):
+            _require_same_placements(p, g, name_of)
+        grads = [g._local_tensor for g in grads]  # type: ignore[attr-defined]
+    if _are_all_plain(grads):
+        return list(map(GradShard, params, grads))
+    return [
+        GradShard(p, _local(p, g, name_of, coalesced)) for p, g in zip(params, grads, strict=True)
+    ]
+
+
+def params_of(optimizer: Any) -> Iterator[Tensor]:
+    """All parameters of all groups, in order."""
+    for group in optimizer.param_groups:
+        yield from group["params"]
+
+
+def _are_all_plain(grads: list[Tensor]) -> bool:
+    return (
+        {type(g) for g in grads} <= {Tensor}
+        and {g.layout for g in grads} <= {torch.strided}
+        and {g.dtype for g in grads} <= _DTYPES - {torch.complex64, torch.complex128}
+        and all(map(Tensor.is_contiguous, grads))
+    )
+
+
+def _local(
+    param: Tensor, grad: Tensor, name_of: Callable[[Tensor], str], coalesced: bool
+) -> Tensor:
+    if isinstance(grad, DTensor):
+        _require_same_placements(param, grad, name_of)
+        grad = grad._local_tensor
+    if hasattr(grad, "trigger_wait"):  # the result of a functional collective still under way
+        grad = grad.trigger_wait()
+    if grad.dtype not in _DTYPES:
+        raise LayoutError(
+            f"the gradient of {name_of(param)} has dtype {grad.dtype}, but only float16, bfloat16, "
+            "float32, float64 and complex gradients can be unscaled. Take that parameter out of "
+            "the optimizer given to the scaler, or accumulate its gradient in another dtype."
+        )
+    if grad.layout == torch.sparse_coo:
+        grad = _sparse_values(param, grad, coalesced)
+    elif grad.layout != torch.strided:
+        raise LayoutError(
+            f"the gradient of {name_of(param)} has layout {grad.layout}, but only strided and "
+            "sparse_coo gradients can be unscaled. Convert it with to_sparse_coo() or to_dense()."
+        )
+    if grad.is_complex():
+        grad = torch.view_as_real(grad.conj() if grad.is_conj() else grad)
+    if not grad.is_contiguous() and _overlaps(grad):
+        raise LayoutError(
+            f"elements of the gradient of {name_of(param)} share memory (shape "
+            f"{tuple(grad.shape)}, strides {grad.stride()}), so unscaling in place would multiply "
+            "them several times. Clone it first."
+        )
+    return grad
+
+
+def _require_same_placements(param: Tensor, grad: Tensor, name_of: Callable[[Tensor], str]) -> None:
+    wanted = getattr(param, "_spec", None)
+    found = grad._spec  # type: ignore[attr-defined]
+    if wanted is not None and wanted.placements == found.placements:
+        return
+    expected = f"placed as {wanted.placements}" if wanted is not None else "a plain tensor"
+    raise LayoutError(
+        f"the gradient of {name_of(param)} is placed as {found.placements}, but its parameter is "
+        f"{expected}. Redistribute the gradient to its parameter's placements before unscaling."
+    )
+
+
+def _sparse_values(param: Tensor, grad: Tensor, coalesced: bool) -> Tensor:
+    if grad.is_coalesced():
+        return grad._values()
+    if grad.dtype == torch.float16:
+        # Duplicates are added in float32, so that only a true overflow is found.
+        param.grad = grad = grad.float().coalesce().half()
+    elif coalesced:
+        param.grad = grad = grad.coalesce()
+    return grad._values()
+
+
+def _overlaps(grad: Tensor) -> bool:
+    reach = 0
+    for stride, size in sorted(zip(grad.stride(), grad.shape, strict=True)):
+        if size > 1:
+            if stride <= reach:
+                return True
+            reach += stride * (size - 1)
+    return False

@@ -1,0 +1,156 @@
+"""Which optimizer went through which call since the last update, and with which scale."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.amp.grad_scaler import OptState
+
+from shardscale.errors import ConfigError, StageError
+from shardscale.records import Agreement, Call
+
+__all__ = ["Entry", "Stages", "as_list"]
+
+
+@dataclass
+class Entry:
+    """What is known of one optimizer since the last update."""
+
+    optimizer: Any  # kept, so that its id is not taken by another
+    stage: OptState = OptState.READY
+    agreement: Agreement | None = None
+    call: Call | None = None
+    num_grads: int = 0  # on this rank
+    is_unscaled: bool = False
+
+    @property
+    def was_judged(self) -> bool:
+        """Whether its gradients have a verdict."""
+        return self.agreement is not None
+
+
+class Stages:
+    """The calls of one iteration on this rank.
+
+    An optimizer goes from READY through UNSCALED (by ``unscale_`` or ``clip_grad_norm_``) to STEPPED;
+    ``update`` makes all READY again. A call without an optimizer is counted: each ``unscale_(())``
+    lets one later ``step(())`` send nothing.
+    """
+
+    def __init__(self) -> None:
+        self.entries: dict[int, Entry] = {}
+        self.num_calls = 0
+        self.num_unused_empty = 0  # verdicts without an optimizer that no step(()) has used yet
+        self.empty: list[tuple[Agreement, Call]] = []  # the verdicts this rank only joined in
+        self._stepped: set[int] = set()
+        self._stamp: Tensor | None = None
+
+    def of(self, optimizer: Any) -> Entry:
+        """The optimizer's entry, made at first sight."""
+        return self.entries.setdefault(id(optimizer), Entry(optimizer))
+
+    def clear(self) -> None:
+        """Begin anew after an update; which scale a gradient was made with is kept."""
+        self.entries = {}
+        self.empty = []
+        self.num_calls = 0
+        self.num_unused_empty = 0
+
+    def agreements(self) -> list[tuple[Agreement, Call]]:
+        """Every verdict since the last update, once, with the call that made it."""
+        found = [(e.agreement, e.call) for e in self.entries.values() if e.agreement and e.call]
+        return list(
+            {id(agreement): (agreement, call) for agreement, call in found + self.empty}.values()
+        )
+
+    def mistake_in_unscaling(self, optimizers: Sequence[Any]) -> StageError | None:
+        """Why ``unscale_`` cannot be called now, or None."""
+        stages = [self.of(o).stage for o in optimizers]
+        if OptState.STEPPED in stages:
+            return StageError(
+                "unscale_() is being called after step(). Call update() between two iterations."
+            )
+        if OptState.UNSCALED in stages:
+            return StageError(
+                "unscale_() has already been called on this optimizer since the last update(). "
+                "Call it once per step, after the last backward of an accumulation."
+            )
+        return None
+
+    def mistake_in_clipping(self, optimizers: Sequence[Any]) -> StageError | None:
+        """Why ``clip_grad_norm_`` cannot be called now, or None."""
+        stages = {self.of(o).stage for o in optimizers}
+        if OptState.STEPPED in stages:
+            return StageError(
+                "unscale_() is being called after step(). Call clip_grad_norm_() before step()."
+            )
+        return _mixed("clip_grad_norm_") if len(stages) > 1 else None
+
+    def mistake_in_stepping(self, optimizers: Sequence[Any]) -> StageError | None:
+        """Why ``step`` cannot be called now, or None."""
+        entries = [self.of(o) for o in optimizers]
+        if any(e.stage is OptState.STEPPED for e in entries):
+            return StageError(
+                "step() has already been called since the last update(). "
+                "Call update() once all optimizers of the iteration have stepped."
+            )
+        return _mixed("step") if len({e.was_judged for e in entries}) > 1 else None
+
+    def begin(self) -> None:
+        """A new iteration: gradients made from here on have the scale that is newest now."""
+        self._stepped.clear()
+        self._stamp = None
+
+    def keep_stamp(self, scale: Tensor) -> None:
+        """The scale is about to change: remember it for optimizers that have not stepped yet."""
+        if self._stamp is None:
+            self._stamp = scale.clone()
+
+    def mark_stepped(self, optimizers: Sequence[Any]) -> None:
+        """These optimizers have consumed their gradients."""
+        for optimizer in optimizers:
+            self.of(optimizer).stage = OptState.STEPPED
+        self._stepped.update(_keys(optimizers))
+
+    def stamp(self, optimizers: Sequence[Any], newest: Tensor) -> Tensor:
+        """The scale, () float32, that these optimizers' gradients were made with."""
+        if self._stamp is None or self._stepped.issuperset(_keys(optimizers)):
+            return newest
+        return self._stamp
+
+
+def as_list(optimizers: Any) -> tuple[list[Any], bool]:
+    """One optimizer or a sequence of them as a list, and whether it was a single one.
+
+    Raises:
+        ConfigError: something is no optimizer, or one is named twice.
+    """
+    single = hasattr(optimizers, "param_groups")
+    try:
+        listed = [optimizers] if single else list(optimizers)
+    except TypeError:
+        listed, single = [optimizers], True
+    for optimizer in listed:
+        if not (hasattr(optimizer, "param_groups") and hasattr(optimizer, "step")):
+            raise ConfigError(
+                f"{type(optimizer).__name__} was passed as an optimizer, but has no param_groups "
+                "and step. Pass an optimizer, a sequence of them, or () on a rank that has none."
+            )
+    if len(set(map(id, listed))) < len(listed):
+        raise ConfigError("an optimizer is named twice in one call. Name each one once.")
+    return listed, single
+
+
+def _mixed(method: str) -> StageError:
+    return StageError(
+        f"{method}() was given optimizers of which only some have a verdict. Unscale all of them in "
+        f"one call, or none, before {method}()."
+    )
+
+
+def _keys(optimizers: Sequence[Any]) -> set[int]:
+    # A call without optimizers is one on behalf of the other ranks' ones; 0 is no object's id.
+    return {id(o) for o in optimizers} or {0}
