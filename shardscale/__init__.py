@@ -1,5 +1,6 @@
-"""A loss scaler for sharded training: every rank gets the same verdict, from one small all-reduce."""
+"""A loss scaler for sharded training: one small all-reduce, the same verdict on every rank."""
 
+from shardscale.comm import Communicator
 from shardscale.errors import (
     ConfigError,
     DisagreementError,
@@ -9,7 +10,6 @@ from shardscale.errors import (
     StageError,
     StateError,
 )
-from shardscale.comm import Communicator
 from shardscale.layouts import distinct
 from shardscale.policy import ConstantScale, DynamicScale, ScalePolicy
 from shardscale.records import Culprit, ScaleState, StepReport, Verdict

@@ -48,7 +48,7 @@ def to_state_dict(
         "shardscale": {
             "version": _VERSION,
             "policy": type(policy).__name__,
-            "policy_fields": dataclasses.asdict(policy) if _is_dataclass(policy) else {},
+            "policy_fields": _fields_of(policy),
             "hysteresis_tracker": int(state.hysteresis_tracker.item()),
             "num_updates": num_updates,
             "num_skipped": num_skipped,
@@ -138,6 +138,10 @@ def _clamped(scale: float, policy: ScalePolicy) -> float:
             stacklevel=4,
         )
     return float(inside)
+
+
+def _fields_of(policy: Any) -> dict[str, Any]:
+    return dataclasses.asdict(policy) if _is_dataclass(policy) else {}
 
 
 def _is_dataclass(policy: object) -> bool:

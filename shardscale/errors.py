@@ -3,10 +3,10 @@
 ::
 
     ShardScaleError
-    ├── ConfigError         (ValueError, AssertionError)    a constructor or method argument is out of range
-    ├── StageError          (RuntimeError)                  calls in the wrong order, or outside their group
-    ├── StateError          (AssertionError, RuntimeError)  a state that cannot be saved, loaded or updated
-    ├── LayoutError         (ValueError)                    a gradient whose layout or dtype cannot be judged
+    ├── ConfigError         (ValueError, AssertionError)    an argument is out of range
+    ├── StageError          (RuntimeError)                  calls in the wrong order
+    ├── StateError          (AssertionError, RuntimeError)  a state that cannot be kept
+    ├── LayoutError         (ValueError)                    a gradient that cannot be judged
     ├── DisagreementError   (RuntimeError)                  the ranks are not making the same call
     └── MissingRankError    (TimeoutError)                  a verdict that not all ranks came to
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ def is_fused(optimizer: Any) -> bool:
 
 def takes_grad_scaler(optimizer: Any) -> bool:
     """Whether it is of the older kind that takes the scaler itself: ``step(grad_scaler=...)``."""
-    return is_fused(optimizer) and _names_grad_scaler(type(optimizer))
+    return is_fused(optimizer) and _names_grad_scaler(type(optimizer).step)
 
 
 def step_fused(
@@ -74,6 +75,6 @@ def _params_without_momentum(optimizer: Any) -> list[Tensor]:
     ]
 
 
-@functools.cache  # type: ignore[arg-type,unused-ignore]
-def _names_grad_scaler(kind: type) -> bool:
-    return "grad_scaler" in inspect.signature(kind.step).parameters  # type: ignore[attr-defined]
+@functools.cache
+def _names_grad_scaler(step: Callable[..., Any]) -> bool:
+    return "grad_scaler" in inspect.signature(step).parameters

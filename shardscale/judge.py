@@ -75,7 +75,7 @@ class Judge:
         if fault is None:
             try:
                 stats, num_grads = self._measure(question, state, comm or Solo())
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 - raised again, once this rank has joined
                 fault = error
         call = self._call(question, state, policy)
         if comm is None:

@@ -172,7 +172,7 @@ def _is_first(
     here = dist.get_rank() if dist.is_initialized() else comm.rank
     if here not in ranks:
         raise LayoutError(
-            f"rank {here}: copies= says that {name} is held by ranks {ranks}, which leaves out this "
-            "rank. Return the ranks that hold it, this one included, or None for nowhere else."
+            f"rank {here}: copies= says that {name} is held by ranks {ranks}, which leaves out "
+            "this rank. Return the ranks that hold it, this one included, or None for nowhere else."
         )
     return here == min(ranks)

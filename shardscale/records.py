@@ -1,4 +1,4 @@
-"""The immutable records that one training step hands from floor to floor, in the order it makes them."""
+"""The immutable records of one training step, in the order it makes them."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -17,20 +17,21 @@ from typing_extensions import Self
 from shardscale.checkpoint import from_state_dict, to_state_dict
 from shardscale.comm import Bond, Communicator, Solo
 from shardscale.errors import ConfigError, StageError, StateError
-from shardscale.fused import is_fused, step_fused, takes_grad_scaler
 from shardscale.judge import Judge, Question
 from shardscale.kernels import NAME as KERNEL
 from shardscale.layouts import Copies
+from shardscale.obey import Obedience, refuse_closure
 from shardscale.outputs import map_tensors, scale_gradient, times_scale
 from shardscale.policy import ConstantScale, DynamicScale, ScalePolicy
-from shardscale.records import Agreement, Call, ScaleState, StepReport, Verdict
+from shardscale.records import Agreement, ScaleState, StepReport, Verdict
 from shardscale.stages import as_list
 from shardscale.torch_names import TorchNames
 
 __all__ = ["ShardedGradScaler"]
 
 
-class ShardedGradScaler(TorchNames, torch.amp.GradScaler):
+# Where torch has attributes ours are properties, and one optimizer may be a sequence of them.
+class ShardedGradScaler(TorchNames, torch.amp.GradScaler):  # type: ignore[override,misc]
     """A gradient scaler whose every rank skips or steps together.
 
     Takes the place of ``torch.amp.GradScaler`` and of torch's ``ShardedGradScaler``. Whatever the
@@ -239,7 +240,9 @@ class ShardedGradScaler(TorchNames, torch.amp.GradScaler):
             self._judge.stages.clear()
         return agreement.grad_norm
 
-    def step(self, optimizers: Any, *args: Any, **kwargs: Any) -> Any:
+    def step(  # type: ignore[override]
+        self, optimizers: Any, *args: Any, **kwargs: Any
+    ) -> Any:
         """Step the optimizers if all gradients on all ranks are finite; else skip on all ranks.
 
         Unscales first what is not unscaled yet. All optimizers of one call step, or all skip.
@@ -268,21 +271,10 @@ class ShardedGradScaler(TorchNames, torch.amp.GradScaler):
         if not self._enabled:
             returned = [optimizer.step(*args, **kwargs) for optimizer in listed]
             return returned[0] if single else returned
-        _refuse_closure(args, kwargs)
-        mistake = self._judge.stages.mistake_in_stepping(listed)
-        if single and mistake is None and takes_grad_scaler(listed[0]):
-            return self._step_with_grad_scaler(listed[0], args, kwargs)
-        if mistake is not None or self._needs_verdict(listed):
-            self._ask(Question("step", listed, mistake, leaves_scaled=True))
-        found = self._verdicts(listed)
-        skips = False
-        if not listed or not all(map(is_fused, listed)):
-            skips = any([self._judge.read(agreement, call) for agreement, call in found])
-        returned = [self._step_one(o, found, skips, args, kwargs) for o in listed]
-        self._judge.stages.mark_stepped(listed)
-        if skips:
-            return None
-        return returned[0] if single else returned
+        refuse_closure(args, kwargs)
+        call = Obedience(self, self._judge, self._place(), self._ask, (args, kwargs))
+        results = call.step(listed)
+        return results[0] if single and results is not None else results
 
     def update(self, new_scale: float | Tensor | None = None) -> None:
         """Close the iteration: move the scale by the policy, or set it.
@@ -338,7 +330,7 @@ class ShardedGradScaler(TorchNames, torch.amp.GradScaler):
         Sync: none.
         """
         listed, _ = as_list(optimizers)
-        found = self._verdicts(listed)
+        found = self._judge.stages.verdicts(listed)
         if not found or not all(self._judge.stages.of(o).was_judged for o in listed):
             raise StageError(
                 "verdict() was called before there is one. Call unscale_(), clip_grad_norm_() or "
@@ -359,7 +351,7 @@ class ShardedGradScaler(TorchNames, torch.amp.GradScaler):
         return self._judge.ledger.last_report
 
     def state_dict(self) -> dict[str, Any]:
-        """torch's five keys and, under "shardscale", ours; plain numbers. Empty if disabled.
+        """Torch's five keys and, under "shardscale", ours; plain numbers. Empty if disabled.
 
         Collective: none.
         Sync: reads the scale and the trackers.
@@ -459,7 +451,7 @@ class ShardedGradScaler(TorchNames, torch.amp.GradScaler):
         self.load_state_dict(saved)
 
     def _place(self, device: torch.device | None = None) -> ScaleState:
-        """The state on its device: the current one of type ``device`` at first use, then for good."""
+        """The state on its device: the current one of that type at first use, then for good."""
         if not self._is_placed:
             target = device or self._device
             self._state = ScaleState(*(t.to(target) for t in self._state))
@@ -468,73 +460,6 @@ class ShardedGradScaler(TorchNames, torch.amp.GradScaler):
 
     def _ask(self, question: Question) -> Agreement:
         return self._judge.judge(question, self._place(), self._policy)
-
-    def _needs_verdict(self, listed: Sequence[Any]) -> bool:
-        stages = self._judge.stages
-        if listed:
-            return not all(stages.of(optimizer).was_judged for optimizer in listed)
-        if stages.num_unused_empty == 0:
-            return True
-        stages.num_unused_empty -= 1
-        return False
-
-    def _verdicts(self, listed: Sequence[Any]) -> list[tuple[Agreement, Call]]:
-        """The verdicts these optimizers have, each once; for none, those this rank joined in."""
-        if not listed:
-            return self._judge.stages.empty
-        entries = [self._judge.stages.of(optimizer) for optimizer in listed]
-        found = [(e.agreement, e.call) for e in entries if e.agreement and e.call]
-        return list({id(agreement): (agreement, call) for agreement, call in found}.values())
-
-    def _step_one(
-        self,
-        optimizer: Any,
-        found: Sequence[tuple[Agreement, Call]],
-        skips: bool,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
-        entry = self._judge.stages.of(optimizer)
-        if takes_grad_scaler(optimizer):
-            return self._pass_itself(optimizer, args, kwargs)
-        if is_fused(optimizer):
-            found_inf = torch.stack([agreement.found_inf for agreement, _ in found]).amax()
-            stamp = self._judge.stages.stamp([optimizer], self._state.scale)
-            return step_fused(
-                optimizer, None if entry.is_unscaled else stamp, found_inf, args, kwargs
-            )
-        if entry.num_grads == 0 and self._judge.bond.communicator() is None:
-            raise StateError("No inf checks were recorded for this optimizer.")
-        if skips:
-            return None
-        if not entry.is_unscaled:
-            self._judge.unscale_locally_(optimizer, self._state)
-        return optimizer.step(*args, **kwargs)
-
-    def _step_with_grad_scaler(
-        self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        """An optimizer that asks for its verdict itself, by torch's semi-public names."""
-        returned = self._pass_itself(optimizer, args, kwargs)
-        if not self._judge.stages.of(optimizer).was_judged:
-            mistake = StageError(
-                f"{type(optimizer).__name__}.step(grad_scaler=...) returned without having asked "
-                "the scaler for a verdict, so it may have stepped on Inf. It must call "
-                "grad_scaler._check_inf_per_device(self) and obey it."
-            )
-            self._ask(Question("step", [optimizer], mistake, leaves_scaled=True))
-        self._judge.stages.mark_stepped([optimizer])
-        return returned
-
-    def _pass_itself(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        warnings.warn(
-            "GradScaler is going to stop passing itself as a keyword argument to the passed "
-            "optimizer. In the near future GradScaler registers `grad_scale: Tensor` and "
-            "`found_inf: Tensor` to the passed optimizer and let the optimizer use them directly.",
-            FutureWarning,
-            stacklevel=4,
-        )
-        return optimizer.step(*args, **kwargs, grad_scaler=self)
 
     def _require_records(self) -> None:
         stages = self._judge.stages
@@ -565,11 +490,6 @@ def _is_usable(device: str) -> bool:
         stacklevel=3,
     )
     return False
-
-
-def _refuse_closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    if "closure" in kwargs or any(map(callable, args)):
-        raise RuntimeError("Closure use is not currently supported if GradScaler is enabled.")
 
 
 def _as_number(new_scale: float | Tensor) -> float:

@@ -35,8 +35,8 @@ def local_shards(
 ) -> list[GradShard]:
     """The local shards of an optimizer's gradients, each once, in the optimizer's order.
 
-    Gradients that are None are left out. DTensors give their local tensor; DTensor's own dispatch is
-    never asked. Complex gradients give their real view, sparse ones their values.
+    Gradients that are None are left out. DTensors give their local tensor; DTensor's own dispatch
+    is never asked. Complex gradients give their real view, sparse ones their values.
 
     Args:
         optimizer: Anything with ``param_groups``.

@@ -35,7 +35,7 @@ class Entry:
 class Stages:
     """The calls of one iteration on this rank.
 
-    An optimizer goes from READY through UNSCALED (by ``unscale_`` or ``clip_grad_norm_``) to STEPPED;
+    An optimizer goes from READY through UNSCALED (``unscale_``, ``clip_grad_norm_``) to STEPPED;
     ``update`` makes all READY again. A call without an optimizer is counted: each ``unscale_(())``
     lets one later ``step(())`` send nothing.
     """
@@ -62,9 +62,23 @@ class Stages:
     def agreements(self) -> list[tuple[Agreement, Call]]:
         """Every verdict since the last update, once, with the call that made it."""
         found = [(e.agreement, e.call) for e in self.entries.values() if e.agreement and e.call]
-        return list(
-            {id(agreement): (agreement, call) for agreement, call in found + self.empty}.values()
-        )
+        return _once(found + self.empty)
+
+    def verdicts(self, optimizers: Sequence[Any]) -> list[tuple[Agreement, Call]]:
+        """The verdicts these optimizers have, each once; for none, those this rank joined in."""
+        if not optimizers:
+            return self.empty
+        entries = [self.of(optimizer) for optimizer in optimizers]
+        return _once([(e.agreement, e.call) for e in entries if e.agreement and e.call])
+
+    def needs_verdict(self, optimizers: Sequence[Any]) -> bool:
+        """Whether a step of these must make a verdict; a step without any uses one up."""
+        if optimizers:
+            return not all(self.of(optimizer).was_judged for optimizer in optimizers)
+        if self.num_unused_empty == 0:
+            return True
+        self.num_unused_empty -= 1
+        return False
 
     def mistake_in_unscaling(self, optimizers: Sequence[Any]) -> StageError | None:
         """Why ``unscale_`` cannot be called now, or None."""
@@ -144,10 +158,14 @@ def as_list(optimizers: Any) -> tuple[list[Any], bool]:
     return listed, single
 
 
+def _once(found: list[tuple[Agreement, Call]]) -> list[tuple[Agreement, Call]]:
+    return list({id(agreement): (agreement, call) for agreement, call in found}.values())
+
+
 def _mixed(method: str) -> StageError:
     return StageError(
-        f"{method}() was given optimizers of which only some have a verdict. Unscale all of them in "
-        f"one call, or none, before {method}()."
+        f"{method}() was given optimizers of which only some have a verdict. Unscale all of them "
+        f"in one call, or none, before {method}()."
     )
 
 

@@ -6,6 +6,7 @@ torch's do, with agreed values.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,10 +32,10 @@ class TorchNames:
         _state: ScaleState
 
         def _place(self, device: torch.device | None = None) -> ScaleState: ...
-        def get_growth_factor(self) -> float: ...
-        def get_backoff_factor(self) -> float: ...
-        def get_growth_interval(self) -> int: ...
-        def step(self, optimizers: Any, *args: Any, **kwargs: Any) -> Any: ...
+
+        get_growth_factor: Callable[[], float]
+        get_backoff_factor: Callable[[], float]
+        get_growth_interval: Callable[[], int]
 
     @property
     def _scale(self) -> Tensor | None:

@@ -13,8 +13,8 @@ __all__ = ["Communicator", "Solo"]
 class Communicator(Protocol):
     """The group of ranks that must decide alike.
 
-    The n-th call of a method on one rank belongs together with the n-th call of that method on every
-    other; all ranks call, or none. A call that does not complete raises
+    The n-th call of a method on one rank belongs together with the n-th call of that method on
+    every other; all ranks call, or none. A call that does not complete raises
     :class:`~shardscale.errors.MissingRankError`; it never waits for ever.
     """
 
@@ -43,7 +43,7 @@ class Communicator(Protocol):
         ...
 
     def all_gather_object(self, obj: object) -> list[object]:
-        """Every rank's picklable object, in rank order; None for a rank that did not answer in time.
+        """Every rank's picklable object, in rank order; None for one that did not answer in time.
 
         Called only when something went wrong, so it must not depend on the order in which other
         collectives were started.

@@ -45,7 +45,7 @@ class ProcessGroupComm:
         self.timeout_s = timeout_s
         self._device = message_device(dist.get_backend_config(group))
         self._options = dist.AllreduceOptions()
-        self._options.reduceOp = dist.ReduceOp.SUM
+        self._options.reduceOp = dist.ReduceOp(dist.ReduceOp.SUM)
         self._roll_call = RollCall(
             _get_process_group_store(group), f"shardscale/{name}", self.rank, self.size
         )

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import base64
 import pickle
 import queue
 import socket
 import threading
 import time
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from torch.distributed import Store
+from torch.distributed.distributed_c10d import Store
 
 __all__ = ["RollCall"]
 
@@ -43,7 +44,7 @@ class RollCall:
         self._num_gathers = 0
 
     def is_alarmed(self, verdict: int) -> bool:
-        """Whether a rank has given up on this verdict; a store that does not answer counts as yes."""
+        """Whether a rank has given up on this verdict; a store that is silent counts as yes."""
         key = f"{self._prefix}/alarm/{verdict}"
         try:
             return bool(self._ask(lambda: self._store.check([key]), _STORE_PATIENCE_S))
@@ -87,16 +88,13 @@ class RollCall:
         keys = [f"{self._prefix}/gather/{self._num_gathers}/{rank}" for rank in range(self._size)]
 
         def exchange() -> list[object]:
-            self._store.set(keys[self._rank], pickle.dumps(obj))
+            self._store.set(keys[self._rank], _pack(obj))
             deadline = time.monotonic() + timeout_s
             waiting = [key for key in keys if not self._store.check([key])]
             while waiting and time.monotonic() < deadline:
                 time.sleep(_POLL_S)
                 waiting = [key for key in waiting if not self._store.check([key])]
-            return [
-                None if key in waiting else pickle.loads(self._store.get(key))  # noqa: S301
-                for key in keys
-            ]
+            return [None if key in waiting else _unpack(self._store.get(key)) for key in keys]
 
         try:
             return self._ask(exchange, timeout_s + _STORE_PATIENCE_S)
@@ -106,14 +104,14 @@ class RollCall:
     def _call_roll(self, verdict: int) -> dict[int, tuple[int, str]]:
         """The verdict and the host of every rank that has written them by the end of the grace."""
         keys = {rank: f"{self._prefix}/arrived/{rank}" for rank in range(self._size)}
-        self._store.set(keys[self._rank], pickle.dumps((verdict, socket.gethostname())))
-        self._store.set(f"{self._prefix}/alarm/{verdict}", b"1")
+        self._store.set(keys[self._rank], _pack((verdict, socket.gethostname())))
+        self._store.set(f"{self._prefix}/alarm/{verdict}", "1")
         deadline = time.monotonic() + _GRACE_S
         came: dict[int, tuple[int, str]] = {}
         while len(came) < self._size and time.monotonic() < deadline:
             for rank, key in keys.items():
                 if rank not in came and self._store.check([key]):
-                    came[rank] = pickle.loads(self._store.get(key))  # noqa: S301
+                    came[rank] = _unpack(self._store.get(key))
             time.sleep(_POLL_S)
         return came
 
@@ -124,7 +122,7 @@ class RollCall:
         def run() -> None:
             try:
                 answers.put((question(), None))
-            except Exception as error:  # whatever the store's client raises means the same here
+            except Exception as error:  # noqa: BLE001 - whatever its client raises means the same
                 answers.put((None, error))
 
         threading.Thread(target=run, name="shardscale-roll-call", daemon=True).start()
@@ -135,6 +133,15 @@ class RollCall:
         if error is not None:
             raise _StoreSilentError(f"{type(error).__name__}: {error}") from error
         return answer  # type: ignore[return-value]
+
+
+def _pack(obj: object) -> str:
+    # Stores take text; a pickle as base64 is.
+    return base64.b64encode(pickle.dumps(obj)).decode()
+
+
+def _unpack(text: bytes) -> Any:
+    return pickle.loads(base64.b64decode(text))
 
 
 class _StoreSilentError(Exception):

@@ -1,8 +1,9 @@
-"""The kernels by torch's multi-tensor operators: one launch for many tensors of a device and dtype."""
+"""The kernels by torch's multi-tensor operators: one launch for many tensors of one dtype."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -91,9 +92,9 @@ def scale_(grads: Sequence[Tensor], factor: Tensor) -> None:
 def _groups(grads: Sequence[Tensor]) -> Iterator[tuple[torch.device, torch.dtype, list[Tensor]]]:
     if not grads:
         return
-    for (device, dtype), ([group], _) in _group_tensors_by_device_and_dtype([list(grads)]).items():
-        assert dtype is not None
-        yield device, dtype, group
+    grouped = _group_tensors_by_device_and_dtype([list(grads)])
+    for (device, dtype), ([group], _) in grouped.items():
+        yield device, dtype, cast(list[Tensor], group)
 
 
 def _amp_op_(group: list[Tensor], found_inf: Tensor, inv_scale: Tensor) -> None:
@@ -111,7 +112,7 @@ def _refuse_useless(inv_scale: Tensor, found_inf: Tensor) -> None:
 
 
 def _judge_largest(group: list[Tensor], found_inf: Tensor, inv_scale: Tensor) -> None:
-    """Judge a group by the largest magnitude of each tensor, which its dtype holds; NaN prevails."""
+    """Judge a group by each tensor's largest magnitude, which its dtype holds; NaN prevails."""
     largest = torch._foreach_norm([g for g in group if g.numel()], float("inf"))
     if not largest:
         return
@@ -155,7 +156,7 @@ def _sum_squares_in_chunks(group: list[Tensor]) -> Tensor:
 
 
 def _chunks(group: list[Tensor]) -> Iterator[Tensor]:
-    """All elements of the group as flat tensors of about ``_CHUNK``: no gradient is copied whole."""
+    """All elements of the group in flat tensors of about ``_CHUNK``: no gradient is copied."""
     batch: list[Tensor] = []
     num_batched = 0
     for g in group:

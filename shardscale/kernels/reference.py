@@ -47,7 +47,7 @@ def check_(grads: Sequence[Tensor], inv_scale: Tensor, found_inf: Tensor) -> Non
 
 
 def scale_(grads: Sequence[Tensor], factor: Tensor) -> None:
-    """Multiply each gradient by ``factor``, () float32, in place; exactly 1 leaves every bit alone."""
+    """Multiply each gradient by ``factor``, () float32, in place; 1 leaves every bit alone."""
     if factor.item() != 1:
         for g in grads:
             wide = torch.float64 if g.dtype == torch.float64 else torch.float32

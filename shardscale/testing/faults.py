@@ -21,14 +21,14 @@ def inject(
     Args:
         rank: The rank whose local gradient is overwritten.
         step: The step, as the caller counts them.
-        param: A parameter's name, or the end of one (``"w2"`` finds ``"layer.w2"``). None: the first
-            whose gradient has an element on that rank.
+        param: A parameter's name, or the end of one (``"w2"`` finds ``"layer.w2"``). None: the
+            first whose gradient has an element on that rank.
         value: What the first element of the local gradient becomes.
 
     Returns:
         A function of (model or its named parameters, this rank, this step), to be called between
-        ``backward`` and the scaler on every rank at every step. It returns the name of the parameter
-        it touched, or None where this is not the place or the rank holds no element there.
+        ``backward`` and the scaler on every rank at every step. It returns the name of the
+        parameter it touched, or None where this is not the place or the rank has no element.
 
     Raises:
         ConfigError: from the returned function, at the fault's rank and step, if no parameter has

@@ -110,7 +110,7 @@ def run_ranks(
     def one(rank: int) -> T | Exception:
         try:
             outcome: T | Exception = fn(ThreadComm(rank, meeting))
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - the outcome of that rank
             outcome = error
         if isinstance(outcome, MissingRankError):
             meeting.leave()
