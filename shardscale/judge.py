@@ -11,7 +11,7 @@ from torch.amp.grad_scaler import OptState
 
 from shardscale import drift, kernels, verdict
 from shardscale.comm import Bond, Communicator, Solo
-from shardscale.errors import DisagreementError, StageError
+from shardscale.errors import DisagreementError, MissingRankError, StageError
 from shardscale.fused import is_fused
 from shardscale.layouts import Layouts
 from shardscale.ledger import Ledger, Unread
@@ -83,7 +83,7 @@ class Judge:
                 raise fault
             agreement = verdict.alone(stats)
         else:
-            agreement = verdict.agree(stats, call, comm, self._previous, fault is not None)
+            agreement = self._agree(stats, call, comm, fault is not None)
         self._previous = agreement
         self.stages.num_calls += 1
         self.ledger.note(Unread(agreement, call, fault))
@@ -142,6 +142,17 @@ class Judge:
         if unread is not None and (flags.drifted or flags.faulted):
             error = self._disagreement(unread.call, unread.fault)
             raise unread.fault or error
+
+    def _agree(self, stats: ShardStats, call: Call, comm: Communicator, faulted: bool) -> Agreement:
+        try:
+            return verdict.agree(stats, call, comm, self._previous, faulted)
+        except MissingRankError as missing:
+            # The others may be missing because they have read a disagreement that this rank, with
+            # other optimizers, has not: then that is what there is to tell.
+            for agreement, earlier, _ in self.ledger.unread():
+                if agreement.flags[1:].any():
+                    raise self._disagreement(earlier) from missing
+            raise
 
     def _measure(
         self, question: Question, state: ScaleState, comm: Communicator

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from shardscale.records import Agreement, Call, StepReport
+from shardscale.records import Agreement, Call, ScaleState, StepReport
 
 __all__ = ["Flags", "Ledger", "Unread"]
 
@@ -86,6 +86,11 @@ class Ledger:
             self._read[id(agreement)] = Flags(*(flag > 0 for flag in agreement.flags.tolist()))
         return self._read[id(agreement)]
 
+    def unread(self) -> list[Unread]:
+        """Every verdict that the host has not read, oldest first."""
+        before = [self._page.unread] if self._page and self._page.unread else []
+        return before + list(self._unread.values())
+
     def turn(
         self,
         step: int,
@@ -113,6 +118,9 @@ class Ledger:
         on = flags.device
         numbers = torch.cat([flags, torch.stack([t.to(on) for t in (scale, next_scale, norm)])])
         unread = next(reversed(self._unread.values()), None)
+        if unread is not None:
+            # The state is about to change in place, but what is told of a call is how it was made.
+            unread = unread._replace(call=_snapshot(unread.call))
         arrived = None
         if not numbers.is_cpu:
             numbers = numbers.to("cpu", non_blocking=True)
@@ -149,3 +157,8 @@ class Ledger:
                 "the cause. Look for Inf or NaN in the data, the loss or the learning rate.",
                 stacklevel=4,
             )
+
+
+def _snapshot(call: Call) -> Call:
+    state = ScaleState(*(t.clone() for t in call.state))
+    return call._replace(state=state, stamp=call.stamp.clone())

@@ -44,10 +44,15 @@ class RollCall:
         self._num_gathers = 0
 
     def is_alarmed(self, verdict: int) -> bool:
-        """Whether a rank has given up on this verdict; a store that is silent counts as yes."""
-        key = f"{self._prefix}/alarm/{verdict}"
+        """Whether a rank has given up on this verdict, or on an earlier one that it read first.
+
+        A store that is silent counts as yes.
+        """
+        keys = [f"{self._prefix}/alarm/{verdict}", self._gathering(self._num_gathers + 1)]
         try:
-            return bool(self._ask(lambda: self._store.check([key]), _STORE_PATIENCE_S))
+            return self._ask(
+                lambda: any(self._store.check([key]) for key in keys), _STORE_PATIENCE_S
+            )
         except _StoreSilentError:
             return True
 
@@ -85,9 +90,11 @@ class RollCall:
     def gather(self, obj: object, timeout_s: float) -> list[object]:
         """Every rank's object in rank order, None for those that did not write one in time."""
         self._num_gathers += 1
-        keys = [f"{self._prefix}/gather/{self._num_gathers}/{rank}" for rank in range(self._size)]
+        num = self._num_gathers
+        keys = [f"{self._prefix}/gather/{num}/{rank}" for rank in range(self._size)]
 
         def exchange() -> list[object]:
+            self._store.set(self._gathering(num), "1")
             self._store.set(keys[self._rank], _pack(obj))
             deadline = time.monotonic() + timeout_s
             waiting = [key for key in keys if not self._store.check([key])]
@@ -100,6 +107,9 @@ class RollCall:
             return self._ask(exchange, timeout_s + _STORE_PATIENCE_S)
         except _StoreSilentError:
             return [obj if rank == self._rank else None for rank in range(self._size)]
+
+    def _gathering(self, num: int) -> str:
+        return f"{self._prefix}/alarm/gather/{num}"
 
     def _call_roll(self, verdict: int) -> dict[int, tuple[int, str]]:
         """The verdict and the host of every rank that has written them by the end of the grace."""

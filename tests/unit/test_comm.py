@@ -1,0 +1,72 @@
+"""Communicators within one process, and what is decided without sending anything."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from shardscale.comm import Bond, Communicator, Solo
+from shardscale.comm.process_group import message_device
+from shardscale.errors import ConfigError
+from shardscale.testing import run_ranks
+from tests.comm_contract import check_contract, keep_contract
+
+
+def test_solo_keeps_the_contract():
+    check_contract([keep_contract(Solo())], 1)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_threads_keep_the_contract(size):
+    check_contract(run_ranks(keep_contract, size, timeout_s=60), size)
+
+
+def test_doubles_are_communicators():
+    assert isinstance(Solo(), Communicator)
+    assert run_ranks(lambda comm: isinstance(comm, Communicator), 1) == [True]
+
+
+@pytest.mark.parametrize(
+    ("config", "device"),
+    [
+        ("cpu:gloo", "cpu"),
+        ("cuda:gloo,cpu:gloo", "cpu"),
+        ("cpu:mpi", "cpu"),
+        ("cpu:gloo,mps:anything", "cpu"),
+        ("undefined", "cpu"),
+        ("cpu:gloo,cuda:nccl", "cuda"),
+        ("cuda:nccl", "cuda"),
+        ("cpu:gloo,xpu:xccl", "xpu"),
+    ],
+)
+def test_message_lives_where_the_group_has_a_transport_of_its_own(config, device, monkeypatch):
+    """No accelerator is here, so torch is told that each named one is."""
+
+    class Available:
+        is_available = staticmethod(lambda: True)
+
+    monkeypatch.setattr(torch, "get_device_module", lambda device: Available)
+
+    assert message_device(config) == torch.device(device)
+
+
+def test_message_stays_on_the_host_where_the_accelerator_is_missing():
+    assert not torch.cuda.is_available()
+    assert message_device("cpu:gloo,cuda:nccl") == torch.device("cpu")
+
+
+def test_a_group_and_a_communicator_together_are_refused():
+    with pytest.raises(ConfigError, match="both given"):
+        Bond(process_group=object(), comm=Solo())
+
+
+@pytest.mark.parametrize("timeout_s", [0, -1.0, float("inf"), float("nan")])
+def test_a_timeout_that_is_no_time_is_refused(timeout_s):
+    with pytest.raises(ConfigError, match="timeout_s"):
+        Bond(timeout_s=timeout_s)
+
+
+def test_scalers_are_numbered_in_the_order_they_are_made_on_each_communicator():
+    one, other = Solo(), Solo()
+
+    assert [Bond(comm=c).ordinal for c in (one, other, one, one)] == [0, 0, 1, 2]

@@ -1,0 +1,43 @@
+"""The message of a disagreement names who differs, in what, and what to do."""
+
+from __future__ import annotations
+
+import torch
+
+from shardscale.drift import account, explain
+from shardscale.errors import LayoutError
+from shardscale.records import Call, ScaleState
+
+
+def call(scale=8.0, **changes):
+    state = ScaleState(
+        torch.tensor(scale),
+        torch.tensor(3, dtype=torch.int32),
+        torch.tensor(1, dtype=torch.int32),
+    )
+    made = Call(5, "step", 0, 0, None, "DynamicScale()", state, torch.tensor(scale))
+    return made._replace(**changes)
+
+
+def test_only_what_differs_is_named_with_its_ranks():
+    message = explain([account(call()), account(call(scale=4.0)), account(call())], 2)
+
+    assert message.startswith("rank 2 of 3: the ranks disagree, so no rank moved its parameters.")
+    assert "scale: 8.0 on ranks 0, 2, 4.0 on rank 1" in message
+    assert "growth_tracker" not in message
+    assert "Make the same calls" in message
+
+
+def test_a_fault_is_told_with_its_rank_and_its_own_words():
+    fault = LayoutError("the gradient of w has dtype torch.float8_e5m2")
+    message = explain([account(call()), account(call(), fault)], 0)
+
+    assert "rank 1 raised LayoutError: the gradient of w has dtype torch.float8_e5m2" in message
+
+
+def test_ranks_that_did_not_answer_are_named():
+    assert "ranks 1, 3 did not answer" in explain([account(call()), None, account(call()), None], 0)
+
+
+def test_equal_accounts_point_to_the_past():
+    assert "earlier verdicts had different bits" in explain([account(call())] * 2, 0)
