@@ -12,6 +12,7 @@ import torch
 
 from shardscale.errors import ConfigError, StateError
 from shardscale.policy import DynamicScale, ScalePolicy
+from shardscale.policy.base import as_float32
 from shardscale.records import ScaleState
 
 __all__ = ["Loaded", "from_state_dict", "to_state_dict"]
@@ -130,6 +131,7 @@ def _clamped(scale: float, policy: ScalePolicy) -> float:
         raise ConfigError(
             f"the state dict holds the scale {scale!r}, but a scale must be finite and positive."
         )
+    scale = as_float32(scale)
     inside = min(max(scale, low), high)
     if inside != scale:
         warnings.warn(

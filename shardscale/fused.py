@@ -20,7 +20,10 @@ def is_fused(optimizer: Any) -> bool:
 
 def takes_grad_scaler(optimizer: Any) -> bool:
     """Whether it is of the older kind that takes the scaler itself: ``step(grad_scaler=...)``."""
-    return is_fused(optimizer) and _names_grad_scaler(type(optimizer).step)
+    if not is_fused(optimizer):
+        return False
+    step = optimizer.step
+    return _names_grad_scaler(getattr(step, "__func__", step))
 
 
 def step_fused(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ from shardscale.layouts import Layouts
 from shardscale.ledger import Ledger, Unread
 from shardscale.policy import ScalePolicy
 from shardscale.records import Agreement, Call, ScaleState, ShardStats
-from shardscale.shards import GradShard, local_shards
+from shardscale.shards import GradShard, local_shards, params_of
 from shardscale.stages import Stages
 
 __all__ = ["Judge", "Question"]
@@ -30,7 +30,7 @@ class Question(NamedTuple):
     optimizers: Sequence[Any]
     mistake: StageError | None = None  # a call-order error that this rank has already found
     max_norm: float | None = None  # asks for the norm, too
-    leaves_scaled: bool = False  # fused optimizers unscale their gradients themselves
+    leaves_scaled: Callable[[Any], bool] = lambda optimizer: False  # judged, but not multiplied
 
 
 class Judge:
@@ -71,10 +71,10 @@ class Judge:
         comm = self.bond.communicator()
         fault: Exception | None = question.mistake
         stats = _nothing_found(state)
-        num_grads: list[int] = []
+        has_grads: list[bool] = []
         if fault is None:
             try:
-                stats, num_grads = self._measure(question, state, comm or Solo())
+                stats, has_grads = self._measure(question, state, comm or Solo())
             except Exception as error:  # noqa: BLE001 - raised again, once this rank has joined
                 fault = error
         call = self._call(question, state, policy)
@@ -89,7 +89,7 @@ class Judge:
         self.ledger.note(Unread(agreement, call, fault))
         if fault is not None:
             self._raise_fault(question, agreement, call, fault)
-        self._remember(question, agreement, call, num_grads)
+        self._remember(question, agreement, call, has_grads)
         if self.sync:
             self.read(agreement, call)
         return agreement
@@ -101,8 +101,9 @@ class Judge:
         """
         assert question.max_norm is not None
         factor = verdict.clip_coefficient(agreement, question.max_norm)
+        seen: set[int] = set()
         for optimizer in question.optimizers:
-            shards = local_shards(optimizer, self.layouts.name_of, coalesced=True)
+            shards = local_shards(optimizer, self.layouts.name_of, coalesced=True, seen=seen)
             kernels.scale_([shard.grad for shard in shards], factor)
 
     def unscale_locally_(self, optimizer: Any, state: ScaleState) -> None:
@@ -156,14 +157,15 @@ class Judge:
 
     def _measure(
         self, question: Question, state: ScaleState, comm: Communicator
-    ) -> tuple[ShardStats, list[int]]:
+    ) -> tuple[ShardStats, list[bool]]:
         found_inf = torch.zeros_like(state.scale)
         squares = None if question.max_norm is None else _zero_squares(state)
-        num_grads = []
+        has_grads: list[bool] = []
+        seen: set[int] = set()
         for optimizer in question.optimizers:
             entry = self.stages.of(optimizer)
-            shards = local_shards(optimizer, self.layouts.name_of, squares is not None)
-            num_grads.append(len(shards))
+            shards = local_shards(optimizer, self.layouts.name_of, squares is not None, seen)
+            has_grads.append(bool(shards) or not seen.isdisjoint(_grad_ids(optimizer)))
             inv_scale = torch.ones_like(state.scale)
             if not entry.is_unscaled:
                 inv_scale = kernels.inverse_scale(self.stages.stamp([optimizer], state.scale))
@@ -172,13 +174,13 @@ class Judge:
                 owned, copies = self._split(shards, comm)
                 kernels.unscale_(owned, inv_scale, found_inf, squares)
                 kernels.unscale_(copies, inv_scale, found_inf)
-            elif question.leaves_scaled and is_fused(optimizer):
+            elif question.leaves_scaled(optimizer):
                 kernels.check_(grads, inv_scale, found_inf)
             else:
                 kernels.unscale_(grads, inv_scale, found_inf)
             if entry.agreement is not None:
                 found_inf = torch.maximum(found_inf, entry.agreement.found_inf)
-        return ShardStats(found_inf, squares), num_grads
+        return ShardStats(found_inf, squares), has_grads
 
     def _split(
         self, shards: list[GradShard], comm: Communicator
@@ -205,15 +207,15 @@ class Judge:
         )
 
     def _remember(
-        self, question: Question, agreement: Agreement, call: Call, num_grads: list[int]
+        self, question: Question, agreement: Agreement, call: Call, has_grads: list[bool]
     ) -> None:
         if not question.optimizers:
             self.stages.empty.append((agreement, call))
             self.stages.num_unused_empty += question.method != "step"
-        for optimizer, num in zip(question.optimizers, num_grads, strict=True):
+        for optimizer, has_some in zip(question.optimizers, has_grads, strict=True):
             entry = self.stages.of(optimizer)
-            entry.agreement, entry.call, entry.num_grads = agreement, call, num
-            if not (question.leaves_scaled and is_fused(optimizer)):
+            entry.agreement, entry.call, entry.has_grads = agreement, call, has_some
+            if not (question.leaves_scaled(optimizer)):
                 entry.is_unscaled = True
             if question.method != "step":
                 entry.stage = OptState.UNSCALED
@@ -235,6 +237,10 @@ class Judge:
         comm = self.bond.communicator() or Solo()
         accounts = comm.all_gather_object(drift.account(call, fault))
         return DisagreementError(drift.explain(accounts, comm.rank))
+
+
+def _grad_ids(optimizer: Any) -> set[int]:
+    return {id(param.grad) for param in params_of(optimizer) if param.grad is not None}
 
 
 def _nothing_found(state: ScaleState) -> ShardStats:

@@ -52,7 +52,7 @@ class Obedience:
             stages.mark_stepped(optimizers)
             return returned
         if mistake is not None or stages.needs_verdict(optimizers):
-            self._ask(Question("step", optimizers, mistake, leaves_scaled=True))
+            self._ask(Question("step", optimizers, mistake, leaves_scaled=is_fused))
         found = stages.verdicts(optimizers)
         skips = False
         if not optimizers or not all(map(is_fused, optimizers)):
@@ -89,7 +89,7 @@ class Obedience:
                 "the scaler for a verdict, so it may have stepped on Inf. It must call "
                 "grad_scaler._check_inf_per_device(self) and obey it."
             )
-            self._ask(Question("step", [optimizer], mistake, leaves_scaled=True))
+            self._ask(Question("step", [optimizer], mistake, leaves_scaled=is_fused))
         return returned
 
     def _pass_scaler(self, optimizer: Any) -> Any:
@@ -107,7 +107,7 @@ class Obedience:
         if self._judge.bond.communicator() is not None:
             return
         for optimizer in optimizers:
-            if not is_fused(optimizer) and self._judge.stages.of(optimizer).num_grads == 0:
+            if not is_fused(optimizer) and not self._judge.stages.of(optimizer).has_grads:
                 raise StateError(
                     "No inf checks were recorded for this optimizer. None of the parameters of "
                     f"{type(optimizer).__name__} has a gradient: call backward() first."

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import copy
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ __all__ = ["map_tensors", "scale_gradient", "times_scale"]
 def map_tensors(fn: Callable[[Tensor], Tensor], outputs: Any) -> Any:
     """The same structure with ``fn`` applied to its tensors.
 
-    Lists, tuples, namedtuples and dicts keep their type; other iterables are mapped lazily.
+    Lists, tuples, namedtuples and kinds of dict keep their type; other iterables are mapped lazily.
 
     Raises:
         ValueError: something is neither a tensor nor an iterable of them.
@@ -25,8 +26,9 @@ def map_tensors(fn: Callable[[Tensor], Tensor], outputs: Any) -> Any:
     if isinstance(outputs, Tensor):
         return fn(outputs)
     if isinstance(outputs, Mapping):
-        mapped = {key: map_tensors(fn, value) for key, value in outputs.items()}
-        return mapped if type(outputs) is dict else type(outputs)(mapped)  # type: ignore[call-arg]
+        mapped = copy.copy(outputs) if isinstance(outputs, MutableMapping) else {}
+        mapped.update({key: map_tensors(fn, value) for key, value in outputs.items()})
+        return mapped
     if isinstance(outputs, Iterable) and not isinstance(outputs, str | bytes):
         lazily = (map_tensors(fn, value) for value in outputs)
         if hasattr(outputs, "_make"):

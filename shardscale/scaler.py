@@ -447,6 +447,8 @@ class ShardedGradScaler(TorchNames, torch.amp.GradScaler):  # type: ignore[overr
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         saved = state.pop("state_dict", {})
+        if saved:  # the default might lie outside the range of the policy
+            state["init_scale"] = saved["scale"]
         self.__init__(**state)  # type: ignore[misc]
         self.load_state_dict(saved)
 
@@ -465,7 +467,7 @@ class ShardedGradScaler(TorchNames, torch.amp.GradScaler):  # type: ignore[overr
         stages = self._judge.stages
         nothing_checked = not stages.agreements()
         if self._judge.bond.communicator() is None and not stages.empty:
-            nothing_checked = not any(entry.num_grads for entry in stages.entries.values())
+            nothing_checked = not any(entry.has_grads for entry in stages.entries.values())
         if nothing_checked:
             raise StateError(
                 "No inf checks were recorded prior to update. "

@@ -31,7 +31,10 @@ class GradShard(NamedTuple):
 
 
 def local_shards(
-    optimizer: Any, name_of: Callable[[Tensor], str], coalesced: bool = False
+    optimizer: Any,
+    name_of: Callable[[Tensor], str],
+    coalesced: bool = False,
+    seen: set[int] | None = None,
 ) -> list[GradShard]:
     """The local shards of an optimizer's gradients, each once, in the optimizer's order.
 
@@ -43,6 +46,8 @@ def local_shards(
         name_of: What to call a parameter in an error.
         coalesced: Sparse gradients must hold each element once, as their norm needs; uncoalesced
             ones are replaced. Float16 ones are coalesced, in float32, in any case.
+        seen: Ids of gradients to leave out, because another optimizer of the same call has them;
+            this one's are added.
 
     Raises:
         LayoutError: a gradient has a dtype or layout that cannot be judged, its elements share
@@ -51,10 +56,12 @@ def local_shards(
     found = [(p, g) for p in params_of(optimizer) if (g := p.grad) is not None]
     params = [p for p, _ in found]
     grads = [g for _, g in found]
-    if len(set(map(id, grads))) < len(grads):
-        first = {id(g): i for i, g in reversed(list(enumerate(grads)))}
-        kept = [i for i, g in enumerate(grads) if first[id(g)] == i]
-        params, grads = [params[i] for i in kept], [grads[i] for i in kept]
+    seen = set() if seen is None else seen
+    ids = set(map(id, grads))
+    if len(ids) < len(grads) or not ids.isdisjoint(seen):
+        once = {id(g): (p, g) for p, g in reversed(found) if id(g) not in seen}
+        params, grads = [p for p, _ in once.values()][::-1], [g for _, g in once.values()][::-1]
+    seen |= ids
     if {type(g) for g in grads} == {DTensor}:
         for p, g in zip(params, grads, strict=True):
             _require_same_placements(p, g, name_of)
@@ -102,6 +109,8 @@ def _local(
             f"the gradient of {name_of(param)} has layout {grad.layout}, but only strided and "
             "sparse_coo gradients can be unscaled. Convert it with to_sparse_coo() or to_dense()."
         )
+    if grad.is_neg():
+        grad = torch._neg_view(grad)  # its memory, whose sign does not matter here
     if grad.is_complex():
         grad = torch.view_as_real(grad.conj() if grad.is_conj() else grad)
     if not grad.is_contiguous() and _overlaps(grad):

@@ -23,7 +23,7 @@ class Entry:
     stage: OptState = OptState.READY
     agreement: Agreement | None = None
     call: Call | None = None
-    num_grads: int = 0  # on this rank
+    has_grads: bool = False  # on this rank
     is_unscaled: bool = False
 
     @property

@@ -6,11 +6,13 @@ torch's do, with agreed values.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.amp.grad_scaler import _refresh_per_optimizer_state
 
 from shardscale import kernels
 from shardscale.judge import Judge, Question
@@ -51,9 +53,19 @@ class TorchNames:
     def _init_scale(self) -> float:
         return float(self._state.scale.item())
 
+    @_init_scale.setter
+    def _init_scale(self, scale: float) -> None:
+        if not self._is_placed:
+            self._state.scale.fill_(scale)
+
     @property
     def _init_growth_tracker(self) -> int:
         return int(self._state.growth_tracker.item())
+
+    @_init_growth_tracker.setter
+    def _init_growth_tracker(self, tracker: int) -> None:
+        if not self._is_placed:
+            self._state.growth_tracker.fill_(tracker)
 
     @property
     def _growth_factor(self) -> float:
@@ -69,14 +81,15 @@ class TorchNames:
 
     @property
     def _per_optimizer_states(self) -> dict[int, dict[str, Any]]:
-        """For each optimizer's id its stage and its flags by device."""
-        return {
+        """For each optimizer's id its stage and its flags by device; READY and none if unknown."""
+        known = {
             key: {
                 "stage": entry.stage,
                 "found_inf_per_device": self._found_inf_per_device(entry.optimizer),
             }
             for key, entry in self._judge.stages.entries.items()
         }
+        return defaultdict(_refresh_per_optimizer_state, known)
 
     def _found_inf_per_device(self, optimizer: Any) -> dict[torch.device, Tensor]:
         agreement = self._judge.stages.of(optimizer).agreement
@@ -89,7 +102,7 @@ class TorchNames:
             step, entered by every rank; later calls only read.
         """
         if not self._judge.stages.of(optimizer).was_judged:
-            question = Question("step", [optimizer], leaves_scaled=True)
+            question = Question("step", [optimizer], leaves_scaled=lambda _: True)
             self._judge.judge(question, self._place(), self._policy)
         return self._found_inf_per_device(optimizer)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from shardscale.errors import ConfigError
 from shardscale.records import ScaleState
 
-__all__ = ["LARGEST_SCALE", "SMALLEST_SCALE", "ScalePolicy", "first_state"]
+__all__ = ["LARGEST_SCALE", "SMALLEST_SCALE", "ScalePolicy", "as_float32", "first_state"]
 
 # Below the smallest normal float32 the inverse overflows, and every later step would be skipped.
 SMALLEST_SCALE = 2.0**-126
@@ -49,6 +49,11 @@ class ScalePolicy(Protocol):
         ...
 
 
+def as_float32(number: float) -> float:
+    """The float32 nearest to it, which is what a scale can be; Inf beyond the largest."""
+    return torch.tensor(number, dtype=torch.float64).float().item()
+
+
 def first_state(
     init_scale: float,
     device: torch.device | str,
@@ -61,14 +66,15 @@ def first_state(
     Raises:
         ConfigError: the scale is not finite, not positive or outside the range.
     """
-    if not (math.isfinite(init_scale) and min_scale <= init_scale <= max_scale):
+    rounded = as_float32(init_scale)
+    if not (math.isfinite(rounded) and min_scale <= rounded <= max_scale):
         raise ConfigError(
             f"the scale is {init_scale!r}, but must be a finite number in "
             f"[{min_scale:g}, {max_scale:g}]. To widen the range, pass a policy with other "
             "min_scale and max_scale."
         )
     return ScaleState(
-        torch.tensor(init_scale, dtype=torch.float32, device=device),
+        torch.tensor(rounded, dtype=torch.float32, device=device),
         torch.tensor(0, dtype=torch.int32, device=device),
         torch.tensor(hysteresis, dtype=torch.int32, device=device),
     )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from shardscale.errors import ConfigError
-from shardscale.policy.base import LARGEST_SCALE, SMALLEST_SCALE, first_state
+from shardscale.policy.base import LARGEST_SCALE, SMALLEST_SCALE, as_float32, first_state
 from shardscale.records import ScaleState
 
 __all__ = ["DynamicScale"]
@@ -37,7 +37,8 @@ class DynamicScale:
         growth_interval: Good steps in a row before it grows; >= 1.
         hysteresis: Bad steps since the last growth before it backs off; >= 1.
         min_scale: The scale never falls below it; at least 2^-126, where its inverse is finite.
-        max_scale: The scale never grows beyond it.
+            Rounded to float32, as the scale is.
+        max_scale: The scale never grows beyond it; rounded likewise.
 
     Raises:
         ConfigError: a number is outside its range.
@@ -80,6 +81,9 @@ class DynamicScale:
                 isinstance(value, int) and not isinstance(value, bool) and 1 <= value < 2**31,
                 f"{name} is {value!r}, but must be an integer from 1 to 2147483647.",
             )
+        for name in ("min_scale", "max_scale"):
+            # A bound that no scale can be equal to would be passed by on either side.
+            object.__setattr__(self, name, as_float32(getattr(self, name)))
         _require(
             SMALLEST_SCALE <= self.min_scale <= self.max_scale <= LARGEST_SCALE,
             f"the range of the scale is [{self.min_scale!r}, {self.max_scale!r}], but must be "
@@ -123,7 +127,7 @@ class DynamicScale:
 def _times(scale: Tensor, factor: float) -> Tensor:
     # torch multiplies in float64 and rounds once. For a factor that float32 holds, the float32
     # product is that same number, on devices without float64 too.
-    if torch.tensor(factor, dtype=torch.float32).item() == factor:
+    if as_float32(factor) == factor:
         return scale * factor
     return (scale.double() * factor).float()
 
