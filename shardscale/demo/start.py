@@ -162,17 +162,12 @@ def _own_signal_handlers() -> Iterator[None]:
 @contextmanager
 def _quiet_logs() -> Iterator[None]:
     """Keep the launcher from logging the traceback that its error carries anyway."""
-    loggers = [
-        logging.getLogger(f"torch.{name}") for name in ("distributed.elastic", "multiprocessing")
-    ]
-    before = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
     try:
         yield
     finally:
-        for logger, level in zip(loggers, before, strict=True):
-            logger.setLevel(level)
+        logging.disable(before)
 
 
 def _first_failure(error: ChildFailedError) -> str:
