@@ -64,7 +64,7 @@ def _make_app() -> "typer.Typer":
         optimizer: flags.Optimizer = None,
         scaler: flags.Scaler = None,
         inject: flags.Inject = None,
-        steps: flags.Steps = 120,
+        steps: flags.Steps = 150,
         json: flags.Json = None,
     ) -> None:
         """Train a small model in float16 on several ranks, and overflow one of them.

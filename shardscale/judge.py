@@ -17,7 +17,7 @@ from shardscale.layouts import Layouts
 from shardscale.ledger import Ledger, Unread
 from shardscale.policy import ScalePolicy
 from shardscale.records import Agreement, Call, ScaleState, ShardStats
-from shardscale.shards import GradShard, local_shards, params_of
+from shardscale.shards import LocalShards, local_shards, params_of
 from shardscale.stages import Stages
 
 __all__ = ["Judge", "Question"]
@@ -104,14 +104,14 @@ class Judge:
         seen: set[int] = set()
         for optimizer in question.optimizers:
             shards = local_shards(optimizer, self.layouts.name_of, coalesced=True, seen=seen)
-            kernels.scale_([shard.grad for shard in shards], factor)
+            kernels.scale_(shards.grads, factor)
 
     def unscale_locally_(self, optimizer: Any, state: ScaleState) -> None:
         """Unscale gradients that were judged but left scaled; nothing is sent."""
         inv_scale = kernels.inverse_scale(self.stages.stamp([optimizer], state.scale))
         shards = local_shards(optimizer, self.layouts.name_of)
         ignored = torch.zeros_like(inv_scale)  # the verdict is already there
-        kernels.unscale_([shard.grad for shard in shards], inv_scale, ignored)
+        kernels.unscale_(shards.grads, inv_scale, ignored)
         self.stages.of(optimizer).is_unscaled = True
 
     def read(self, agreement: Agreement, call: Call) -> bool:
@@ -165,32 +165,29 @@ class Judge:
         for optimizer in question.optimizers:
             entry = self.stages.of(optimizer)
             shards = local_shards(optimizer, self.layouts.name_of, squares is not None, seen)
-            has_grads.append(bool(shards) or not seen.isdisjoint(_grad_ids(optimizer)))
+            has_grads.append(bool(shards.grads) or not seen.isdisjoint(_grad_ids(optimizer)))
             inv_scale = torch.ones_like(state.scale)
             if not entry.is_unscaled:
                 inv_scale = kernels.inverse_scale(self.stages.stamp([optimizer], state.scale))
-            grads = [shard.grad for shard in shards]
             if squares is not None:
                 owned, copies = self._split(shards, comm)
                 kernels.unscale_(owned, inv_scale, found_inf, squares)
                 kernels.unscale_(copies, inv_scale, found_inf)
             elif question.leaves_scaled(optimizer):
-                kernels.check_(grads, inv_scale, found_inf)
+                kernels.check_(shards.grads, inv_scale, found_inf)
             else:
-                kernels.unscale_(grads, inv_scale, found_inf)
+                kernels.unscale_(shards.grads, inv_scale, found_inf)
             if entry.agreement is not None:
                 found_inf = torch.maximum(found_inf, entry.agreement.found_inf)
         return ShardStats(found_inf, squares), has_grads
 
-    def _split(
-        self, shards: list[GradShard], comm: Communicator
-    ) -> tuple[list[Tensor], list[Tensor]]:
+    def _split(self, shards: LocalShards, comm: Communicator) -> tuple[list[Tensor], list[Tensor]]:
         """The gradients that this rank counts in the norm, and those that another one counts."""
         if comm.size == 1:
-            return [shard.grad for shard in shards], []
+            return shards.grads, []
         owned: list[Tensor] = []
         copies: list[Tensor] = []
-        for param, grad in shards:
+        for param, grad in zip(*shards, strict=True):
             (owned if self.layouts.is_owner(param, comm) else copies).append(grad)
         return owned, copies
 

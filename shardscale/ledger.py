@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -112,9 +111,12 @@ class Ledger:
         """
         if not agreements:
             return
-        flags = torch.stack([agreement.flags for agreement, _ in agreements]).amax(0)
-        norms = [a.grad_norm for a, call in agreements if call.max_norm is not None]
-        norm = norms[-1] if norms else torch.full_like(scale, math.nan)
+        newest, _ = agreements[-1]
+        flags = newest.flags
+        if len(agreements) > 1:
+            flags = torch.stack([agreement.flags for agreement, _ in agreements]).amax(0)
+        normed = [a.grad_norm for a, call in agreements if call.max_norm is not None]
+        norm = normed[-1] if normed else newest.grad_norm
         on = flags.device
         numbers = torch.cat([flags, torch.stack([t.to(on) for t in (scale, next_scale, norm)])])
         unread = next(reversed(self._unread.values()), None)

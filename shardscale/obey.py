@@ -6,12 +6,11 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
-
 from shardscale.errors import StageError, StateError
 from shardscale.fused import is_fused, step_fused, takes_grad_scaler
 from shardscale.judge import Judge, Question
 from shardscale.records import Agreement, Call, ScaleState
+from shardscale.verdict import joint_found_inf
 
 __all__ = ["Obedience", "refuse_closure"]
 
@@ -70,7 +69,7 @@ class Obedience:
         if takes_grad_scaler(optimizer):
             return self._pass_scaler(optimizer)
         if is_fused(optimizer):
-            found_inf = torch.stack([agreement.found_inf for agreement, _ in found]).amax()
+            found_inf = joint_found_inf([agreement for agreement, _ in found])
             stamp = self._judge.stages.stamp([optimizer], self._state.scale)
             grad_scale = None if entry.is_unscaled else stamp
             return step_fused(optimizer, grad_scale, found_inf, self._args, self._kwargs)

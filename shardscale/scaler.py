@@ -26,6 +26,7 @@ from shardscale.policy import ConstantScale, DynamicScale, ScalePolicy
 from shardscale.records import Agreement, ScaleState, StepReport, Verdict
 from shardscale.stages import as_list
 from shardscale.torch_names import TorchNames
+from shardscale.verdict import joint_found_inf
 
 __all__ = ["ShardedGradScaler"]
 
@@ -302,7 +303,7 @@ class ShardedGradScaler(TorchNames, torch.amp.GradScaler):  # type: ignore[overr
         agreements = stages.agreements()
         if new_scale is None:
             self._require_records()
-            found_inf = torch.stack([agreement.found_inf for agreement, _ in agreements]).amax()
+            found_inf = joint_found_inf([agreement for agreement, _ in agreements])
             after = self._policy.next_state(state, found_inf.to(state.scale.device))
         else:
             chosen = self._policy.init(_as_number(new_scale), state.scale.device)
@@ -338,7 +339,7 @@ class ShardedGradScaler(TorchNames, torch.amp.GradScaler):  # type: ignore[overr
             )
         if len(found) == 1:
             return found[0][0].verdict
-        found_inf = torch.stack([agreement.found_inf for agreement, _ in found]).amax()
+        found_inf = joint_found_inf([agreement for agreement, _ in found])
         return Verdict(found_inf, torch.full_like(found_inf, math.nan))
 
     def last_report(self) -> StepReport | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -11,23 +12,17 @@ from torch.distributed.tensor import DTensor
 
 from shardscale.errors import LayoutError
 
-__all__ = ["GradShard", "local_shards", "params_of"]
+__all__ = ["LocalShards", "local_shards", "params_of"]
 
-_DTYPES = {
-    torch.float16,
-    torch.bfloat16,
-    torch.float32,
-    torch.float64,
-    torch.complex64,
-    torch.complex128,
-}
+_REAL_DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+_DTYPES = _REAL_DTYPES | {torch.complex64, torch.complex128}
 
 
-class GradShard(NamedTuple):
-    """One gradient's part on this rank."""
+class LocalShards(NamedTuple):
+    """An optimizer's gradients on this rank, parallel to the parameters they belong to."""
 
-    param: Tensor  # as the optimizer holds it, DTensor or plain
-    grad: Tensor  # real, dense, plain; shares memory with the gradient, may be empty
+    params: list[Tensor]  # as the optimizer holds them, DTensor or plain
+    grads: list[Tensor]  # real, dense, plain; they share memory with the gradients, may be empty
 
 
 def local_shards(
@@ -35,7 +30,7 @@ def local_shards(
     name_of: Callable[[Tensor], str],
     coalesced: bool = False,
     seen: set[int] | None = None,
-) -> list[GradShard]:
+) -> LocalShards:
     """The local shards of an optimizer's gradients, each once, in the optimizer's order.
 
     Gradients that are None are left out. DTensors give their local tensor; DTensor's own dispatch
@@ -53,37 +48,33 @@ def local_shards(
         LayoutError: a gradient has a dtype or layout that cannot be judged, its elements share
             memory, or it is not laid out as its parameter; names the parameter.
     """
-    found = [(p, g) for p in params_of(optimizer) if (g := p.grad) is not None]
-    params = [p for p, _ in found]
-    grads = [g for _, g in found]
+    params = [p for p in params_of(optimizer) if p.grad is not None]
+    grads: list[Any] = [p.grad for p in params]
     seen = set() if seen is None else seen
     ids = set(map(id, grads))
     if len(ids) < len(grads) or not ids.isdisjoint(seen):
-        once = {id(g): (p, g) for p, g in reversed(found) if id(g) not in seen}
-        params, grads = [p for p, _ in once.values()][::-1], [g for _, g in once.values()][::-1]
+        once = {id(g): (p, g) for p, g in zip(params, grads, strict=True) if id(g) not in seen}
+        params, grads = [p for p, _ in once.values()], [g for _, g in once.values()]
     seen |= ids
-    if {type(g) for g in grads} == {DTensor}:
+    if set(map(type, grads)) == {DTensor}:
         for p, g in zip(params, grads, strict=True):
             _require_same_placements(p, g, name_of)
-        grads = [g._local_tensor for g in grads]  # type: ignore[attr-defined]
-    if _are_all_plain(grads):
-        return list(map(GradShard, params, grads))
-    return [
-        GradShard(p, _local(p, g, name_of, coalesced)) for p, g in zip(params, grads, strict=True)
-    ]
+        grads = [g._local_tensor for g in grads]
+    if not _are_all_plain(grads):
+        grads = [_local(p, g, name_of, coalesced) for p, g in zip(params, grads, strict=True)]
+    return LocalShards(params, grads)
 
 
 def params_of(optimizer: Any) -> Iterator[Tensor]:
     """All parameters of all groups, in order."""
-    for group in optimizer.param_groups:
-        yield from group["params"]
+    return chain.from_iterable(group["params"] for group in optimizer.param_groups)
 
 
 def _are_all_plain(grads: list[Tensor]) -> bool:
     return (
-        {type(g) for g in grads} <= {Tensor}
+        set(map(type, grads)) <= {Tensor}
         and {g.layout for g in grads} <= {torch.strided}
-        and {g.dtype for g in grads} <= _DTYPES - {torch.complex64, torch.complex128}
+        and {g.dtype for g in grads} <= _REAL_DTYPES
         and all(map(Tensor.is_contiguous, grads))
     )
 

@@ -110,12 +110,12 @@ class TorchNames:
         self, optimizer: Any, inv_scale: Tensor, found_inf: Tensor, allow_fp16: bool = True
     ) -> dict[torch.device, Tensor]:
         """Unscale local gradients; the flag, () float32, is this rank's own, as torch's is."""
-        shards = local_shards(optimizer, self._judge.layouts.name_of)
-        if not allow_fp16 and any(shard.grad.dtype == torch.float16 for shard in shards):
+        grads = local_shards(optimizer, self._judge.layouts.name_of).grads
+        if not allow_fp16 and any(grad.dtype == torch.float16 for grad in grads):
             raise ValueError("Attempting to unscale FP16 gradients.")
         local = found_inf.clone()
-        kernels.unscale_([shard.grad for shard in shards], inv_scale, local)
-        return {local.device: local} if shards else {}
+        kernels.unscale_(grads, inv_scale, local)
+        return {local.device: local} if grads else {}
 
     def _lazy_init_scale_growth_tracker(self, dev: torch.device) -> None:
         self._place(dev)

@@ -20,6 +20,7 @@ import hashlib
 import math
 import struct
 import zlib
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ from shardscale.comm import Communicator
 from shardscale.errors import ConfigError
 from shardscale.records import Agreement, Call, ShardStats
 
-__all__ = ["MAX_RANKS", "agree", "alone", "clip_coefficient"]
+__all__ = ["MAX_RANKS", "agree", "alone", "clip_coefficient", "joint_found_inf"]
 
 # Word 0 stays an exact float64 integer in any order of summation. Around the ring of ranks the
 # numbers whose differences are the weights lie in 0..509, so the positive weights sum to at most
@@ -149,6 +150,13 @@ def _unpack_on_host(words: Tensor, normed: bool, previous: Agreement | None) -> 
         words = torch.where(words.isnan(), math.nan, words)
     flags = torch.tensor([found, drifted, faulted], dtype=torch.float32)
     return Agreement(flags, torch.tensor(grad_norm, dtype=torch.float32), words)
+
+
+def joint_found_inf(agreements: Sequence[Agreement]) -> Tensor:
+    """() float32: 1.0 where any of the verdicts is bad, else 0.0."""
+    if len(agreements) == 1:
+        return agreements[0].found_inf
+    return torch.stack([agreement.found_inf for agreement in agreements]).amax()
 
 
 def clip_coefficient(agreement: Agreement, max_norm: float) -> Tensor:

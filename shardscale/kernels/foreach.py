@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import cast
 
@@ -92,6 +93,9 @@ def scale_(grads: Sequence[Tensor], factor: Tensor) -> None:
 def _groups(grads: Sequence[Tensor]) -> Iterator[tuple[torch.device, torch.dtype, list[Tensor]]]:
     if not grads:
         return
+    if all(g.is_cpu for g in grads) and len({g.dtype for g in grads}) == 1:
+        yield grads[0].device, grads[0].dtype, list(grads)  # nothing to sort
+        return
     grouped = _group_tensors_by_device_and_dtype([list(grads)])
     for (device, dtype), ([group], _) in grouped.items():
         yield device, dtype, cast(list[Tensor], group)
@@ -107,8 +111,9 @@ def _amp_op_knows(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def _refuse_useless(inv_scale: Tensor, found_inf: Tensor) -> None:
-    useless = ~((inv_scale > 0) & inv_scale.isfinite())
-    found_inf.copy_(torch.where(useless, 1.0, found_inf))
+    # NaN is neither; a comparison with it is false.
+    useful = (inv_scale > 0) & (inv_scale < math.inf)
+    found_inf.copy_(torch.where(useful, found_inf, 1.0))
 
 
 def _judge_largest(group: list[Tensor], found_inf: Tensor, inv_scale: Tensor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import struct
 from typing import Protocol
 
 import torch
@@ -51,7 +52,11 @@ class ScalePolicy(Protocol):
 
 def as_float32(number: float) -> float:
     """The float32 nearest to it, which is what a scale can be; Inf beyond the largest."""
-    return torch.tensor(number, dtype=torch.float64).float().item()
+    try:
+        rounded: float = struct.unpack("f", struct.pack("f", number))[0]
+    except OverflowError:
+        return math.copysign(math.inf, number)
+    return rounded
 
 
 def first_state(

@@ -106,22 +106,30 @@ class DynamicScale:
         overflowed = found_inf > 0
         clean_steps = torch.where(overflowed, 0, state.growth_tracker + 1)
         due = clean_steps >= self.growth_interval
-        tolerated = torch.where(overflowed, state.hysteresis_tracker - 1, state.hysteresis_tracker)
-        # A long run of bad steps must not count below what int32 holds.
-        tolerated = tolerated.clamp(min=0)
 
         grown = _times(state.scale, self.growth_factor)
         # A scale that has itself overflowed could never back off again.
-        grown = torch.where(grown.isfinite(), grown.clamp(max=self.max_scale), state.scale)
+        grown = torch.where(grown < math.inf, grown.clamp(max=self.max_scale), state.scale)
         reduced = _times(state.scale, self.backoff_factor).clamp(self.min_scale, self.max_scale)
 
+        backs_off, tolerated = self._spend(state.hysteresis_tracker, overflowed, due)
         scale = torch.where(due, grown, state.scale)
-        scale = torch.where(overflowed & (tolerated <= 0), reduced, scale)
         return ScaleState(
-            scale,
+            torch.where(backs_off, reduced, scale),
             torch.where(due, 0, clean_steps),
-            torch.where(due, self.hysteresis, tolerated),
+            tolerated,
         )
+
+    def _spend(
+        self, hysteresis_tracker: Tensor, overflowed: Tensor, due: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Whether the scale backs off, and the next hysteresis tracker."""
+        if self.hysteresis == 1:  # every bad step backs off, there is nothing to count
+            return overflowed, hysteresis_tracker
+        left = torch.where(overflowed, hysteresis_tracker - 1, hysteresis_tracker)
+        # A long run of bad steps must not count below what int32 holds.
+        left = left.clamp(min=0)
+        return overflowed & (left == 0), torch.where(due, self.hysteresis, left)
 
 
 def _times(scale: Tensor, factor: float) -> Tensor:
