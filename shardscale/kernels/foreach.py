@@ -118,10 +118,10 @@ def _refuse_useless(inv_scale: Tensor, found_inf: Tensor) -> None:
 
 def _judge_largest(group: list[Tensor], found_inf: Tensor, inv_scale: Tensor) -> None:
     """Judge a group by each tensor's largest magnitude, which its dtype holds; NaN prevails."""
-    largest = torch._foreach_norm([g for g in group if g.numel()], float("inf"))
-    if not largest:
+    filled = [g for g in group if g.numel()]
+    if not filled:
         return
-    scaled = torch.stack(largest)
+    scaled = torch.stack(torch._foreach_norm(filled, float("inf")))
     product = (scaled.double() * inv_scale.double()).to(scaled.dtype)
     bad = ~(scaled.isfinite() & product.isfinite()).all()
     found_inf.copy_(torch.maximum(found_inf, bad.float()))

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -40,46 +41,60 @@ class ThreadComm:
         Collective: every thread must call.
         """
         self.num_reduces += 1
-        rows = self._meeting.exchange(self.rank, buffer.clone())
-        buffer.copy_(torch.stack(rows).cumsum(0)[-1])
+        rows = self._meeting.exchange("reduce", self.rank, buffer.clone())
+        missing = [rank for rank in range(self.size) if rank not in rows]
+        if missing:
+            raise MissingRankError(
+                f"rank {self.rank} of {self.size}: all-reduce {self.num_reduces} did not complete. "
+                f"Did not come: ranks {missing}."
+            )
+        buffer.copy_(torch.stack([rows[rank] for rank in range(self.size)]).cumsum(0)[-1])
 
     def all_gather_object(self, obj: object) -> list[object]:
-        """Every thread's object in rank order.
+        """Every thread's object in rank order; None for one that did not come in time.
 
-        Collective: every thread must call.
+        Collective: every thread should call.
         """
-        return self._meeting.exchange(self.rank, obj)
+        found = self._meeting.exchange("gather", self.rank, obj)
+        return [found.get(rank) for rank in range(self.size)]
 
 
 class Meeting:
-    """Where the threads of one job hand each other one thing at a time."""
+    """Where the threads of one job hand each other things: the n-th of a kind meets the n-th."""
 
     def __init__(self, size: int, timeout_s: float) -> None:
         self.size = size
-        self._barrier = threading.Barrier(size, timeout=timeout_s)
-        self._slots: list[object] = [None] * size
-        self._arrived = [0] * size
+        self._timeout_s = timeout_s
+        self._changed = threading.Condition()
+        self._turns: Counter[tuple[str, int]] = Counter()
+        self._tables: defaultdict[tuple[str, int], dict[int, Any]] = defaultdict(dict)
+        self._gone: set[int] = set()
 
-    def exchange(self, rank: int, thing: T) -> list[T]:
-        """Every thread's ``thing`` in rank order, once all have come."""
-        self._slots[rank] = thing
-        self._arrived[rank] += 1
-        try:
-            self._barrier.wait()
-            things = list(self._slots)
-            self._barrier.wait()  # no thread may fill its slot again before all have read
-        except threading.BrokenBarrierError:
-            turn = self._arrived[rank]
-            missing = [r for r in range(self.size) if self._arrived[r] < turn]
-            raise MissingRankError(
-                f"rank {rank} of {self.size}: meeting {turn} did not complete. "
-                f"Did not come: ranks {missing}."
-            ) from None
-        return things  # type: ignore[return-value]
+    def exchange(self, kind: str, rank: int, thing: Any) -> dict[int, Any]:
+        """What the threads brought, by rank; complete unless the time ran out."""
+        with self._changed:
+            self._turns[kind, rank] += 1
+            table = self._tables[kind, self._turns[kind, rank]]
+            table[rank] = thing
+            self._changed.notify_all()
+            self._changed.wait_for(
+                lambda: len(table) == self.size or self._is_hopeless(kind, rank, table),
+                self._timeout_s,
+            )
+            return dict(table)
 
-    def leave(self) -> None:
-        """End all waits: this thread will not come again."""
-        self._barrier.abort()
+    def leave(self, rank: int) -> None:
+        """This thread will not come again."""
+        with self._changed:
+            self._gone.add(rank)
+            self._changed.notify_all()
+
+    def _is_hopeless(self, kind: str, rank: int, table: dict[int, Any]) -> bool:
+        if self._gone.issuperset(set(range(self.size)) - set(table)):
+            return True
+        # Threads that gather have given up on the all-reduce that this one waits in.
+        next_gather = self._tables.get(("gather", self._turns["gather", rank] + 1))
+        return kind == "reduce" and bool(next_gather)
 
 
 def run_ranks(
@@ -105,17 +120,14 @@ def run_ranks(
     [[3.0, 3.0], [3.0, 3.0], [3.0, 3.0]]
     """
     meeting = Meeting(size, timeout_s)
-    done = threading.Barrier(size)
 
     def one(rank: int) -> T | Exception:
         try:
-            outcome: T | Exception = fn(ThreadComm(rank, meeting))
+            return fn(ThreadComm(rank, meeting))
         except Exception as error:  # noqa: BLE001 - the outcome of that rank
-            outcome = error
-        if isinstance(outcome, MissingRankError):
-            meeting.leave()
-        done.wait(timeout=10 * timeout_s)
-        return outcome
+            return error
+        finally:
+            meeting.leave(rank)
 
     with ThreadPoolExecutor(size) as pool:
         return list(pool.map(one, range(size)))
