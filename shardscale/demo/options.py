@@ -66,9 +66,9 @@ def check_options(
     """
     if not 1 <= ranks <= MAX_RANKS:
         raise OptionError(f"--ranks is {ranks}, but must be between 1 and {MAX_RANKS}.")
-    wrap = _one_of("--wrap", wrap or "fsdp2", WRAPS)
-    optimizer = _one_of("--optimizer", optimizer or "adamw", OPTIMIZERS)
-    scaler = _one_of("--scaler", scaler or "shardscale", SCALERS)
+    wrap = _one_of("--wrap", "fsdp2" if wrap is None else wrap, WRAPS)
+    optimizer = _one_of("--optimizer", "adamw" if optimizer is None else optimizer, OPTIMIZERS)
+    scaler = _one_of("--scaler", "shardscale" if scaler is None else scaler, SCALERS)
     if steps < 1:
         raise OptionError(f"--steps is {steps}, but must be at least 1.")
     return JobOptions(ranks, wrap, optimizer, scaler, steps, _parse_inject(inject, ranks, steps))

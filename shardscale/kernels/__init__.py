@@ -7,6 +7,6 @@ tensor at a time, obvious, the oracle of every kernel test).
 from shardscale.kernels.foreach import check_, scale_, unscale_
 from shardscale.kernels.inverse import inverse_scale
 
-__all__ = ["NAME", "check_", "inverse_scale", "scale_", "unscale_"]
+__all__ = ["check_", "inverse_scale", "NAME", "scale_", "unscale_"]
 
 NAME = "foreach"

@@ -4,4 +4,4 @@ from shardscale.policy.base import LARGEST_SCALE, SMALLEST_SCALE, ScalePolicy
 from shardscale.policy.constant import ConstantScale
 from shardscale.policy.dynamic import DynamicScale
 
-__all__ = ["LARGEST_SCALE", "SMALLEST_SCALE", "ConstantScale", "DynamicScale", "ScalePolicy"]
+__all__ = ["ConstantScale", "DynamicScale", "LARGEST_SCALE", "ScalePolicy", "SMALLEST_SCALE"]

@@ -3,4 +3,4 @@
 from shardscale.testing.faults import inject
 from shardscale.testing.ranks import ThreadComm, run_ranks
 
-__all__ = ["ThreadComm", "inject", "run_ranks"]
+__all__ = ["inject", "run_ranks", "ThreadComm"]
