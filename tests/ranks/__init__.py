@@ -1,0 +1,1 @@
+"""Tests that need several ranks: real processes, real Gloo groups, no GPU."""
