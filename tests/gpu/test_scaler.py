@@ -1,0 +1,194 @@
+"""The scaler on a GPU: torch's bits, and no word to the host that is not asked for."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from shardscale import ShardedGradScaler
+
+pytestmark = pytest.mark.gpu
+
+NUM_STEPS = 6
+BAD_STEP = 3
+
+
+class NoStep(torch.optim.Optimizer):
+    """Does nothing, so that every host read is the scaler's."""
+
+    def __init__(self, params):
+        super().__init__(params, {})
+
+    def step(self):
+        return "stepped"
+
+
+@contextmanager
+def host_reads_are(mode: str) -> Iterator[None]:
+    """Within, an operation that makes the host wait for the GPU is an error, or a warning."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode(mode)
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+def make_params(dtypes=(torch.float32,)):
+    generator = torch.Generator().manual_seed(5)
+    return [
+        torch.nn.Parameter(torch.randn(shape, generator=generator).to("cuda", dtype))
+        for dtype in dtypes
+        for shape in ((7, 3), (1,), (2**12,))
+    ]
+
+
+def give_grads(params, scale, step):
+    for i, p in enumerate(params):
+        generator = torch.Generator().manual_seed(100 * step + i)
+        p.grad = torch.randn(p.shape, generator=generator).to("cuda", p.dtype) * scale
+        if step == BAD_STEP and i == 1:
+            p.grad.view(-1)[0] = math.inf
+
+
+def train(scaler, optimizer, params, explicit=False):
+    """The scale after each step; the parameters change in place."""
+    scales = []
+    for step in range(NUM_STEPS):
+        scaler.scale(torch.ones((), device="cuda"))
+        give_grads(params, scaler.get_scale(), step)
+        if explicit:
+            scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+        scales.append(scaler.get_scale())
+    return scales
+
+
+OPTIMIZERS = {
+    "AdamW fused": lambda params: torch.optim.AdamW(params, lr=0.1, fused=True),
+    "AdamW foreach": lambda params: torch.optim.AdamW(params, lr=0.1, foreach=True),
+    "Adam fused": lambda params: torch.optim.Adam(params, lr=0.1, fused=True),
+    "SGD fused": lambda params: torch.optim.SGD(params, lr=0.1, fused=True),
+    "SGD": lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9),
+}
+
+
+@pytest.mark.parametrize("explicit", [False, True])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_one_process_is_torch_bit_for_bit(name, explicit):
+    results = []
+    for scaler_class in (torch.amp.GradScaler, ShardedGradScaler):
+        params = make_params()
+        scaler = scaler_class("cuda", init_scale=1024.0, growth_interval=2)
+        scales = train(scaler, OPTIMIZERS[name](params), params, explicit)
+        results.append((params, scales))
+    (theirs, their_scales), (ours, our_scales) = results
+
+    assert our_scales == their_scales
+    for mine, other in zip(ours, theirs, strict=True):
+        assert torch.equal(mine.detach().view(torch.int32), other.detach().view(torch.int32))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_dtypes_that_torch_refuses_or_rounds_are_unscaled(dtype):
+    params = make_params((dtype,))
+    for p in params:
+        p.grad = torch.full_like(p, 8.0)
+    scaler = ShardedGradScaler("cuda", init_scale=4.0)
+    scaler.unscale_(NoStep(params))
+
+    assert all(p.grad.eq(2.0).all() for p in params)
+
+
+def calls_of(scaler, optimizer, how):
+    if how == "unscale_":
+        scaler.unscale_(optimizer)
+    if how == "clip_grad_norm_":
+        scaler.clip_grad_norm_(optimizer, 1.0)
+    scaler.step(optimizer)
+
+
+@pytest.mark.parametrize("how", ["step", "unscale_", "clip_grad_norm_"])
+@pytest.mark.parametrize("dtypes", [(torch.float32,), (torch.float32, torch.bfloat16)])
+@pytest.mark.parametrize("bad", [False, True])
+def test_a_fused_optimizer_makes_the_host_wait_for_nothing(how, dtypes, bad):
+    """A step that is skipped makes it wait no more than a good one."""
+    params = make_params(dtypes)
+    optimizer = torch.optim.AdamW(params, fused=True)
+    scaler = ShardedGradScaler("cuda", init_scale=1024.0)
+    loss = torch.ones((), device="cuda")
+    for iteration in range(3):
+        give_grads(params, 1024.0, BAD_STEP if bad and iteration == 1 else 0)
+        # The first iteration places the scale and the optimizer's state.
+        with host_reads_are("default" if iteration == 0 else "error"):
+            scaler.scale(loss)
+            calls_of(scaler, optimizer, how)
+            scaler.update()
+
+
+@pytest.mark.parametrize("how", ["step", "unscale_", "clip_grad_norm_"])
+def test_any_other_optimizer_makes_it_wait_once(how):
+    params = make_params()
+    optimizer = NoStep(params)
+    scaler = ShardedGradScaler("cuda", init_scale=1024.0)
+    loss = torch.ones((), device="cuda")
+    for iteration in range(3):
+        give_grads(params, 1024.0, 0)
+        with warnings.catch_warnings(record=True) as caught, host_reads_are("warn"):
+            warnings.simplefilter("always")
+            scaler.scale(loss)
+            calls_of(scaler, optimizer, how)
+            scaler.update()
+        waits = [str(w.message) for w in caught if "synchroniz" in str(w.message)]
+        if iteration:
+            assert len(waits) == 1, waits
+
+
+def test_gradients_on_the_host_and_on_the_gpu_share_one_verdict():
+    for bad_on in (None, "cpu", "cuda"):
+        params = [torch.nn.Parameter(torch.ones(3, device=d)) for d in ("cpu", "cuda")]
+        for p in params:
+            p.grad = torch.full_like(p, math.inf if p.device.type == bad_on else 4.0)
+        optimizer = torch.optim.SGD(params, lr=0.5, foreach=False)
+        scaler = ShardedGradScaler("cuda", init_scale=4.0)
+        scaler.step(optimizer)
+        scaler.update()
+
+        assert [p[0].item() for p in params] == ([0.5, 0.5] if bad_on is None else [1.0, 1.0])
+
+
+def test_the_report_comes_one_iteration_late():
+    params = make_params()
+    optimizer = torch.optim.AdamW(params, fused=True)
+    scaler = ShardedGradScaler("cuda", init_scale=1024.0)
+    for step in (0, BAD_STEP, 0):
+        give_grads(params, scaler.get_scale(), step)
+        scaler.step(optimizer)
+        scaler.update()
+
+    report = scaler.last_report()
+    assert (report.step, report.scale, report.next_scale, report.skipped) == (1, 1024, 512, True)
+
+
+CONSTRUCT = """
+import torch, shardscale
+scaler = shardscale.ShardedGradScaler()
+assert scaler.is_enabled() and scaler.get_scale() == 65536.0
+scaler.load_state_dict(scaler.state_dict())
+assert not torch.cuda.is_initialized()
+"""
+
+
+def test_a_scaler_is_made_and_loaded_without_touching_the_gpu():
+    """Else every rank would make a context on GPU 0 before it has chosen its own."""
+    done = subprocess.run([sys.executable, "-c", CONSTRUCT], capture_output=True, text=True)
+
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,220 @@
+"""The defects that the tests must catch, as data: what to replace by what, and who must notice."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+__all__ = ["MUTANTS", "Mutant"]
+
+
+class Mutant(NamedTuple):
+    """One defect. ``old`` occurs once in ``file``; each test of ``caught_by`` must fail on it."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    caught_by: tuple[str, ...]
+
+
+_VERDICT = "tests/unit/test_verdict.py"
+_DISAGREE = "tests/ranks/test_disagreement.py"
+_SKIP = "tests/ranks/test_skip_together.py"
+_TORCH = "tests/ranks/test_torch_defects.py"
+_STATE = "tests/unit/test_round_trip.py"
+_JOIN = "tests/ranks/test_join_then_raise.py"
+_LAYOUTS = "tests/ranks/test_parallelisms.py"
+
+MUTANTS = [
+    Mutant(
+        "the verdict is local",
+        "shardscale/verdict.py",
+        """\
+    comm.all_reduce_sum_(message)
+    return unpack(message, stats.sum_squares is not None, previous)
+""",
+        """\
+    return alone(stats, previous)
+""",
+        (
+            f"{_VERDICT}::test_all_ranks_read_the_same_bits_over_a_real_exchange",
+            f"{_SKIP}::test_all_ranks_skip_when_any_overflows[AdamW-2]",
+        ),
+    ),
+    Mutant(
+        "the message is packed and read, but never reduced",
+        "shardscale/verdict.py",
+        "    comm.all_reduce_sum_(message)\n",
+        "",
+        (
+            f"{_VERDICT}::test_all_ranks_read_the_same_bits_over_a_real_exchange",
+            f"{_SKIP}::test_no_gradient_on_any_rank_is_a_good_step",
+        ),
+    ),
+    Mutant(
+        "found_inf is the number of bad ranks",
+        "shardscale/verdict.py",
+        "flags = torch.tensor([found, drifted, faulted]",
+        "flags = torch.tensor([num_bad or found, drifted, faulted]",
+        (
+            f"{_VERDICT}::test_found_inf_is_exactly_one_if_any_rank_is_bad_and_zero_otherwise[all-2]",
+            f"{_TORCH}::test_f2_inf_on_every_rank_is_one_inf_to_a_fused_sgd[ours]",
+        ),
+    ),
+    Mutant(
+        "found_inf is the number of bad ranks, read on a device",
+        "shardscale/verdict.py",
+        "torch.stack([found, drifted, faulted])",
+        "torch.stack([torch.where(num_bad > 0, num_bad, found), drifted, faulted])",
+        (f"{_VERDICT}::test_the_message_reads_alike_on_host_and_device",),
+    ),
+    Mutant(
+        "fused optimizers step on this rank's own findings",
+        "shardscale/judge.py",
+        "        if comm is None:\n            if fault is not None:\n",
+        """\
+        if comm is None or (all(map(question.leaves_scaled, question.optimizers))):
+            if fault is not None:
+""",
+        (
+            f"{_TORCH}::test_f1_fused_optimizers_skip_together[ours]",
+            f"{_SKIP}::test_all_ranks_skip_when_any_overflows[AdamW-2]",
+        ),
+    ),
+    Mutant(
+        "each rank compares the fingerprint of rank 0 with its own",
+        "shardscale/verdict.py",
+        """\
+    message = pack(stats, call, comm.rank, comm.size, previous, faulted)
+    comm.all_reduce_sum_(message)
+""",
+        """\
+    term = fingerprint(call, previous) * 2**_COUNT_BITS
+    message = _message(stats, math.nan if faulted else term * (comm.rank == 0))
+    comm.all_reduce_sum_(message)
+    message[0] -= term
+""",
+        (f"{_VERDICT}::test_a_different_max_norm_is_found_on_every_rank",),
+    ),
+    Mutant(
+        "all weights are one",
+        "shardscale/verdict.py",
+        "    term = weight(call.num_updates, rank, size) * ",
+        "    term = ",
+        (
+            f"{_VERDICT}::test_found_inf_is_exactly_one_if_any_rank_is_bad_and_zero_otherwise[none-2]",
+        ),
+    ),
+    Mutant(
+        "a call-order mistake is raised before this rank has joined",
+        "shardscale/judge.py",
+        "        fault: Exception | None = question.mistake\n",
+        """\
+        fault: Exception | None = None
+        if question.mistake is not None:
+            raise question.mistake
+""",
+        (
+            f"{_DISAGREE}::test_a_mistake_on_one_rank_is_raised_on_all_and_its_own_error_there[False]",
+        ),
+    ),
+    Mutant(
+        "a gradient that cannot be judged is raised before this rank has joined",
+        "shardscale/judge.py",
+        "            except Exception as error:  # noqa",
+        "            except LookupError as error:  # noqa",
+        (f"{_JOIN}::test_where_the_host_reads_the_verdict_all_ranks_raise_at_that_step",),
+    ),
+    Mutant(
+        "the call's ordinal is left out of the message",
+        "shardscale/verdict.py",
+        "(call.num_updates, call.method, call.ordinal, call.scaler,",
+        "(call.num_updates, call.method, call.scaler,",
+        (
+            f"{_VERDICT}::test_a_rank_whose_call_differs_is_seen_by_all_from_the_words_alone"
+            "[3-odd1-ordinal]",
+        ),
+    ),
+    Mutant(
+        "a skip is clipped",
+        "shardscale/verdict.py",
+        "    return torch.where(agreement.found_inf > 0, 1.0, factor).float()\n",
+        "    return factor.float()\n",
+        (
+            f"{_VERDICT}::test_a_norm_that_is_not_finite_counts_as_found_and_comes_back_as_it_is[inf]",
+            f"{_LAYOUTS}::test_a_norm_that_is_not_finite_is_returned_and_clips_nothing[inf-FSDP2]",
+        ),
+    ),
+    Mutant(
+        "a NaN is let through",
+        "shardscale/kernels/foreach.py",
+        """\
+            _amp_op_(group, flag, factor)
+            # On the host""",
+        """\
+            torch._foreach_mul_(group, factor)
+            for g in group:
+                flag.copy_(torch.maximum(flag, g.isinf().any()))
+            # On the host""",
+        (f"{_SKIP}::test_all_ranks_skip_when_any_overflows[own step-2]",),
+    ),
+    Mutant(
+        "the gradients of a fused optimizer are not checked for NaN",
+        "shardscale/kernels/foreach.py",
+        "            _amp_op_(group, flag, torch.ones_like(factor))",
+        "            [flag.copy_(torch.maximum(flag, g.isinf().any())) for g in group]",
+        (f"{_SKIP}::test_all_ranks_skip_when_any_overflows[Adam-2]",),
+    ),
+    Mutant(
+        "the scale grows one step late",
+        "shardscale/policy/dynamic.py",
+        "due = clean_steps >= self.growth_interval",
+        "due = clean_steps > self.growth_interval",
+        ("tests/repo/test_docs.py::test_examples_in_docstrings_run[shardscale.policy.dynamic]",),
+    ),
+    Mutant(
+        "loading a state forgets the growth tracker",
+        "shardscale/checkpoint.py",
+        "        state._replace(growth_tracker=tracker),\n",
+        "        state,\n",
+        (f"{_STATE}::test_the_good_steps_since_the_last_change_come_back",),
+    ),
+    Mutant(
+        "loading a state forgets the bad steps still tolerated",
+        "shardscale/checkpoint.py",
+        "    if hysteresis is not None:\n",
+        "    if hysteresis is None:\n",
+        (f"{_STATE}::test_the_bad_steps_still_tolerated_come_back",),
+    ),
+    Mutant(
+        "step unscales what unscale_ has unscaled",
+        "shardscale/judge.py",
+        """\
+            if not (question.leaves_scaled(optimizer)):
+                entry.is_unscaled = True
+""",
+        """\
+            if question.method == "step" and not question.leaves_scaled(optimizer):
+                entry.is_unscaled = True
+""",
+        (f"{_SKIP}::test_all_ranks_skip_when_any_overflows[AdamW-2]",),
+    ),
+    Mutant(
+        "clip_grad_norm_ unscales what unscale_ has unscaled",
+        "shardscale/judge.py",
+        """\
+            if not entry.is_unscaled:
+                inv_scale = kernels""",
+        """\
+            if True:
+                inv_scale = kernels""",
+        (f"{_LAYOUTS}::test_the_norm_is_that_of_one_process_holding_the_whole_model[DDP-2]",),
+    ),
+    Mutant(
+        "a rank without an optimizer does not join",
+        "shardscale/stages.py",
+        "        if self.num_unused_empty == 0:\n            return True\n",
+        "        if self.num_unused_empty == 0:\n            return False\n",
+        (f"{_SKIP}::test_ranks_with_nothing_to_judge_join_and_agree[True]",),
+    ),
+]
