@@ -78,6 +78,6 @@ def _params_without_momentum(optimizer: Any) -> list[Tensor]:
     ]
 
 
-@functools.cache
+@functools.lru_cache(maxsize=32)
 def _names_grad_scaler(step: Callable[..., Any]) -> bool:
     return "grad_scaler" in inspect.signature(step).parameters

@@ -45,6 +45,8 @@ class Judge:
         self.bond = bond
         self.sync = sync
         self.layouts = Layouts()
+        self._policy: ScalePolicy | None = None
+        self._policy_text = ""
         self.forget()
 
     def forget(self) -> None:
@@ -54,6 +56,7 @@ class Judge:
         self.ledger = Ledger()
         self._previous: Agreement | None = None
 
+    @torch.no_grad()  # gradients of a graph that is kept require gradients themselves
     def judge(self, question: Question, state: ScaleState, policy: ScalePolicy) -> Agreement:
         """Make one verdict for all optimizers of a question.
 
@@ -94,6 +97,7 @@ class Judge:
             self.read(agreement, call)
         return agreement
 
+    @torch.no_grad()
     def clip_(self, question: Question, agreement: Agreement) -> None:
         """Multiply all gradients so that their norm is at most ``max_norm``; nothing on a skip.
 
@@ -106,6 +110,7 @@ class Judge:
             shards = local_shards(optimizer, self.layouts.name_of, coalesced=True, seen=seen)
             kernels.scale_(shards.grads, factor)
 
+    @torch.no_grad()
     def unscale_locally_(self, optimizer: Any, state: ScaleState) -> None:
         """Unscale gradients that were judged but left scaled; nothing is sent."""
         inv_scale = kernels.inverse_scale(self.stages.stamp([optimizer], state.scale))
@@ -198,10 +203,15 @@ class Judge:
             self.stages.num_calls,
             self.bond.ordinal,
             question.max_norm,
-            repr(policy),
+            self._text_of(policy),
             state,
             self.stages.stamp(question.optimizers, state.scale),
         )
+
+    def _text_of(self, policy: ScalePolicy) -> str:
+        if policy is not self._policy:
+            self._policy, self._policy_text = policy, repr(policy)
+        return self._policy_text
 
     def _remember(
         self, question: Question, agreement: Agreement, call: Call, has_grads: list[bool]

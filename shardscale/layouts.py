@@ -50,7 +50,10 @@ class Layouts:
         wrappers = _wrappers(model)
         for name, param in model.named_parameters(remove_duplicate=True):
             layout = _layout_of(param, wrappers.get(id(param)))
-            clean = ".".join(part for part in name.split(".") if part not in _WRAPPER_NAMES)
+            parts = [part for part in name.split(".") if part not in _WRAPPER_NAMES]
+            if isinstance(model, nn.parallel.DistributedDataParallel):
+                parts = parts[1:]  # "module", its name for what it wraps
+            clean = ".".join(parts)
             self._known[id(param)] = (weakref.ref(param), clean, layout)
 
     def name_of(self, param: Tensor) -> str:
@@ -110,7 +113,7 @@ class Layouts:
         return known[1], known[2]
 
 
-_WRAPPER_NAMES = {"_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module", "module"}
+_WRAPPER_NAMES = {"_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module"}
 
 
 def _wrappers(model: nn.Module) -> dict[int, Any]:

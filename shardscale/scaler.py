@@ -200,9 +200,9 @@ class ShardedGradScaler(TorchNames, torch.amp.GradScaler):  # type: ignore[overr
         Collective: every rank of the group must call; sends 2 float64, once.
         Sync: none.
         """
-        listed, _ = as_list(optimizers)
         if not self._enabled:
             return
+        listed, _ = as_list(optimizers)
         mistake = self._judge.stages.mistake_in_unscaling(listed)
         self._ask(Question("unscale_", listed, mistake))
 
@@ -268,10 +268,11 @@ class ShardedGradScaler(TorchNames, torch.amp.GradScaler):  # type: ignore[overr
             have a verdict already.
         Sync: none for fused optimizers, one read otherwise.
         """
-        listed, single = as_list(optimizers)
         if not self._enabled:
-            returned = [optimizer.step(*args, **kwargs) for optimizer in listed]
-            return returned[0] if single else returned
+            if hasattr(optimizers, "step"):
+                return optimizers.step(*args, **kwargs)
+            return [optimizer.step(*args, **kwargs) for optimizer in optimizers]
+        listed, single = as_list(optimizers)
         refuse_closure(args, kwargs)
         call = Obedience(self, self._judge, self._place(), self._ask, (args, kwargs))
         results = call.step(listed)

@@ -45,7 +45,7 @@ class Stages:
         self.num_calls = 0
         self.num_unused_empty = 0  # verdicts without an optimizer that no step(()) has used yet
         self.empty: list[tuple[Agreement, Call]] = []  # the verdicts this rank only joined in
-        self._stepped: set[int] = set()
+        self._stepped: dict[int, Any] = {}  # by id; kept, so that its id is not taken by another
         self._stamp: Tensor | None = None
 
     def of(self, optimizer: Any) -> Entry:
@@ -127,11 +127,11 @@ class Stages:
         """These optimizers have consumed their gradients."""
         for optimizer in optimizers:
             self.of(optimizer).stage = OptState.STEPPED
-        self._stepped.update(_keys(optimizers))
+        self._stepped.update(_by_id(optimizers))
 
     def stamp(self, optimizers: Sequence[Any], newest: Tensor) -> Tensor:
         """The scale, () float32, that these optimizers' gradients were made with."""
-        if self._stamp is None or self._stepped.issuperset(_keys(optimizers)):
+        if self._stamp is None or self._stepped.keys() >= _by_id(optimizers).keys():
             return newest
         return self._stamp
 
@@ -169,6 +169,6 @@ def _mixed(method: str) -> StageError:
     )
 
 
-def _keys(optimizers: Sequence[Any]) -> set[int]:
+def _by_id(optimizers: Sequence[Any]) -> dict[int, Any]:
     # A call without optimizers is one on behalf of the other ranks' ones; 0 is no object's id.
-    return {id(o) for o in optimizers} or {0}
+    return {id(o): o for o in optimizers} or {0: None}

@@ -106,6 +106,7 @@ class TorchNames:
             self._judge.judge(question, self._place(), self._policy)
         return self._found_inf_per_device(optimizer)
 
+    @torch.no_grad()
     def _unscale_grads_(
         self, optimizer: Any, inv_scale: Tensor, found_inf: Tensor, allow_fp16: bool = True
     ) -> dict[torch.device, Tensor]:

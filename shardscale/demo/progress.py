@@ -10,6 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from shardscale.demo.options import JobOptions
 from shardscale.demo.results import Tick
+from shardscale.demo.table import job_title
 
 __all__ = ["OnTick", "show_progress"]
 
@@ -24,6 +25,9 @@ def show_progress(console: Console, jobs: Sequence[JobOptions]) -> AbstractConte
         console: Where to show it; whether it is a terminal decides how.
         jobs: The jobs, in the order in which they will run.
     """
+    for job in jobs:
+        ranks = "1 rank" if job.ranks == 1 else f"{job.ranks} ranks"
+        console.print(f"{job.scaler}: {job_title(job)}, float16 on {ranks}", highlight=False)
     return _as_bars(console, jobs) if console.is_terminal else _as_lines(console, jobs)
 
 

@@ -98,9 +98,7 @@ def assert_same_optimizers(one: Any, other: Any) -> None:
     assert_same_bits([p.data for p in params_of(one)], [p.data for p in params_of(other)])
     assert_same_bits([p.grad for p in params_of(one)], [p.grad for p in params_of(other)])
     mine, yours = one.state_dict()["state"], other.state_dict()["state"]
-    assert_same_bits(
-        {k: v for k, v in mine.items() if v}, {k: v for k, v in yours.items() if v}
-    )
+    assert_same_bits({k: v for k, v in mine.items() if v}, {k: v for k, v in yours.items() if v})
 
 
 def assert_same_scale(theirs: Any, ours: Any) -> None:

@@ -144,9 +144,7 @@ def test_a_group_without_this_rank_is_refused(rank_0_of_2):
 @BOTH
 def test_cuda_without_cuda_warns_and_disables(make, monkeypatch):
     """Contract 3: the same warning, and the answers of a disabled scaler."""
-    monkeypatch.setattr(
-        torch.cuda.amp.common, "amp_definitely_not_available", lambda: True
-    )
+    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: True)
     with pytest.warns(UserWarning, match="CUDA is not available.  Disabling") as caught:
         scaler = make("cuda")
     assert caught[0].filename == __file__
@@ -157,9 +155,7 @@ def test_cuda_without_cuda_warns_and_disables(make, monkeypatch):
 
 def test_cuda_is_the_default_device(monkeypatch):
     """Contract 3: torch's code with no argument means the same here."""
-    monkeypatch.setattr(
-        torch.cuda.amp.common, "amp_definitely_not_available", lambda: True
-    )
+    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: True)
     for make in (torch.amp.GradScaler, ShardedGradScaler):
         with pytest.warns(UserWarning, match="Disabling"):
             make()

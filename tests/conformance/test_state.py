@@ -41,7 +41,9 @@ def through_a_file(state):
 
 
 def leaves(tree):
-    return [x for value in tree.values() for x in leaves(value)] if isinstance(tree, dict) else [tree]
+    return (
+        [x for value in tree.values() for x in leaves(value)] if isinstance(tree, dict) else [tree]
+    )
 
 
 def test_torchs_keys_come_first_and_ours_beside_them():

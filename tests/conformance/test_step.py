@@ -21,8 +21,8 @@ from tests.conformance.side_by_side import (
     assert_same_scale,
     full,
     grad_of,
-    params_of,
     parameter,
+    params_of,
     sgd,
 )
 
@@ -386,7 +386,10 @@ def test_each_call_has_its_own_verdict_and_the_scale_backs_off_once():
     grads = [full(1.0), full(math.inf), full(1.0), full(math.nan)]
     jobs = []
     for make in (torch.amp.GradScaler, ShardedGradScaler):
-        scaler, optimizers = make("cpu"), [sgd(g.clone(), fused=i == 2) for i, g in enumerate(grads)]
+        scaler, optimizers = (
+            make("cpu"),
+            [sgd(g.clone(), fused=i == 2) for i, g in enumerate(grads)],
+        )
         scaler.scale(torch.ones(()))
         for optimizer in optimizers:
             scaler.step(optimizer)

@@ -17,8 +17,8 @@ from tests.conformance.side_by_side import (
     assert_same_bits,
     full,
     grad_of,
-    params_of,
     parameter,
+    params_of,
     sgd,
 )
 
@@ -94,7 +94,16 @@ def test_dense_gradients_keep_their_identity_and_storage(make, dtype):
         torch.ones(1, 1, 1),
         torch.arange(2.0 * 3 * 2 * 2).view(2, 3, 2, 2).to(memory_format=torch.channels_last),
     ],
-    ids=["transposed", "strided", "permuted slice", "0-dim", "empty", "empty 2-dim", "ones", "nhwc"],
+    ids=[
+        "transposed",
+        "strided",
+        "permuted slice",
+        "0-dim",
+        "empty",
+        "empty 2-dim",
+        "ones",
+        "nhwc",
+    ],
 )
 def test_every_shape_and_stride_is_unscaled_in_place(grad):
     """Contract 9: with the gaps between a view's elements untouched."""
@@ -312,7 +321,9 @@ def test_a_parameter_of_two_optimizers_in_one_call_is_unscaled_once(call):
     scaler = ShardedGradScaler("cpu", init_scale=8.0)
     if call == "clip_grad_norm_":
         assert scaler.clip_grad_norm_(pair, 1.0).item() == 2.0
-        assert param.grad.tolist() == pytest.approx([0.5] * 4, rel=1e-5)  # torch's 1e-6 beside the norm
+        assert param.grad.tolist() == pytest.approx(
+            [0.5] * 4, rel=1e-5
+        )  # torch's 1e-6 beside the norm
     else:
         getattr(scaler, call)(pair)
         assert param.grad.tolist() == [1.0] * 4

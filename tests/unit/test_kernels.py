@@ -285,7 +285,9 @@ def test_many_small_tensors_are_summed_over_several_batches():
     grads = [torch.full((1000,), float(i)) for i in range(200)]
     squares = zero()
     kernels.unscale_(grads, flag(0.5), flag(), squares)
-    assert squares.item() == pytest.approx(sum(1000 * (i / 2) ** 2 for i in range(200)), rel=SQUARES_RTOL)
+    assert squares.item() == pytest.approx(
+        sum(1000 * (i / 2) ** 2 for i in range(200)), rel=SQUARES_RTOL
+    )
 
 
 class LargestAllocation(TorchDispatchMode):
