@@ -162,7 +162,7 @@ def joint_found_inf(agreements: Sequence[Agreement]) -> Tensor:
 def clip_coefficient(agreement: Agreement, max_norm: float) -> Tensor:
     """The factor that brings the norm down to ``max_norm``: () float32 in (0, 1], 1 on a skip.
 
-    Source: torch.nn.utils.clip_grads_with_norm_: min(1, max_norm / (norm + 1e-6)); here from the
+    Source: ``torch.nn.utils.clip_grads_with_norm_``, min(1, max_norm / (norm + 1e-6)), here from the
     float64 sum of squares.
     """
     norm = agreement.words[1].sqrt()

@@ -16,7 +16,7 @@ from torch.distributed.distributed_c10d import Store
 __all__ = ["RollCall"]
 
 # Ranks that are waiting look for an alarm every 1.25 s at the latest; the rest is the store's time.
-_GRACE_S = 3.0
+_GRACE_S = 5.0
 _POLL_S = 0.05
 _STORE_PATIENCE_S = 5.0
 

@@ -12,7 +12,7 @@ def inverse_scale(scale: Tensor) -> Tensor:
 
     Where a device has no float64, float32's own reciprocal; for powers of two they are the same.
 
-    Source: torch.amp.GradScaler.unscale_, whose bits these are.
+    Source: ``torch.amp.GradScaler.unscale_``, whose bits these are.
     """
     if scale.device.type == "mps":
         return scale.reciprocal()

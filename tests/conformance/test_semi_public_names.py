@@ -166,7 +166,7 @@ def test_unscale_grads_takes_and_returns_flags_as_torchs(make):
 @BOTH
 def test_unscale_grads_refuses_float16_if_told_so(make):
     optimizer = sgd(full(8.0, dtype=torch.float16))
-    with pytest.raises(ValueError, match="^Attempting to unscale FP16 gradients"):
+    with pytest.raises(ValueError, match=r"^Attempting to unscale FP16 gradients"):
         make("cpu")._unscale_grads_(optimizer, torch.tensor(0.25), torch.tensor(0.0), False)
     make("cpu")._unscale_grads_(optimizer, torch.tensor(0.25), torch.tensor(0.0), True)
     assert grad_of(optimizer).tolist() == [2.0] * 4

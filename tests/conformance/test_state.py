@@ -161,7 +161,7 @@ def test_a_state_of_another_policy_or_of_a_newer_version_is_refused():
     """Contract 37: with the way out."""
     saved = ShardedGradScaler("cpu", policy=ConstantScale()).state_dict()
     scaler = ShardedGradScaler("cpu")
-    with pytest.raises(StateError, match="saved with policy ConstantScale, but .* DynamicScale"):
+    with pytest.raises(StateError, match=r"policy ConstantScale, but .* DynamicScale"):
         scaler.load_state_dict(saved)
     newer = scaler.state_dict()
     newer["shardscale"]["version"] = 99
@@ -273,7 +273,7 @@ def test_in_the_middle_of_a_step_it_is_torchs_assertion(make, stage, duplicate):
     scaler, optimizer = make("cpu", init_scale=8.0), sgd(full(8.0))
     scaler.scale(torch.ones(()))
     getattr(scaler, stage)(optimizer)
-    with pytest.raises(AssertionError, match="^A GradScaler instance may only be pickled at the"):
+    with pytest.raises(AssertionError, match=r"^A GradScaler instance may only be pickled"):
         duplicate(scaler)
     if stage != "step":
         scaler.step(optimizer)

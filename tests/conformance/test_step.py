@@ -175,7 +175,7 @@ def test_a_closure_is_refused_before_anything_happens(args, kwargs):
         )
     else:
         assert theirs.step(one, *args) == 1.0
-        with pytest.raises(RuntimeError, match="^Closure use is not currently supported"):
+        with pytest.raises(RuntimeError, match=r"^Closure use is not currently supported"):
             ours.step(other, *args)
     assert grad_of(other).tolist() == [65536.0] * 4
     ours.step(other)
@@ -504,7 +504,8 @@ def container(optimizers):
     """What some frameworks build around several optimizers."""
 
     class Container:
-        param_groups = [group for o in optimizers for group in o.param_groups]
+        def __init__(self):
+            self.param_groups = [group for o in optimizers for group in o.param_groups]
 
         def step(self):
             return [o.step() for o in optimizers]

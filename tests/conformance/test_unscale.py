@@ -214,7 +214,7 @@ def test_a_lazily_conjugated_gradient_is_unscaled_in_place():
 
 @pytest.mark.parametrize("dtype", [torch.float16, *DENSE])
 def test_a_scale_of_one_leaves_every_bit_alone(dtype):
-    """Contract 12: denormals and signed zeros; of a 16-bit NaN torch's kernel sets the quiet bit."""
+    """Contract 12: denormals and signed zeros; torch sets the quiet bit of a 16-bit NaN."""
     integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
     bits = torch.randint(
         torch.iinfo(integer).min, torch.iinfo(integer).max, (5000,), dtype=torch.int64

@@ -282,7 +282,7 @@ def test_factors_can_be_changed_on_the_way(make):
 def test_a_factor_out_of_range_or_that_the_policy_has_not_is_refused():
     """Contract 33: the old one stays."""
     scaler = ShardedGradScaler("cpu")
-    with pytest.raises(ConfigError, match="growth_factor is 0.5"):
+    with pytest.raises(ConfigError, match=r"growth_factor is 0\.5"):
         scaler.set_growth_factor(0.5)
     with pytest.raises(ConfigError, match="growth_interval is 0"):
         scaler.set_growth_interval(0)

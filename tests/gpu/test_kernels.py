@@ -122,7 +122,8 @@ def test_gradients_on_two_devices_share_one_flag(flag_on, bad_on):
     assert found == (0.0 if bad_on is None else 1.0)
     if bad_on is None:
         expected = 2 * run(reference, grads["cpu"], 0.5, squares=True, device="cpu")[2]
-        assert total == pytest.approx(expected, rel=1e-12)
+        # The kernel for the CPU squares in float32.
+        assert total == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -37,6 +37,7 @@ __all__ = [
     "Laid",
     "batch",
     "lay_out",
+    "local",
     "local_grads",
     "make_net",
     "reference_grads",
@@ -87,11 +88,16 @@ def lay_out(name: str, size: int) -> Laid:
     return (LAYOUTS.get(name) or MESH_LAYOUTS[name, size])(size)
 
 
+def local(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor, detached and sharing its memory."""
+    tensor = tensor.detach()
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def local_grads(model: nn.Module) -> list[Tensor]:
     """The gradients of which this rank holds any element, as plain tensors."""
-    grads = [p.grad for p in model.parameters() if p.grad is not None]
-    local = [g.to_local() if isinstance(g, DTensor) else g for g in grads]
-    return [g for g in local if g.numel()]
+    grads = [local(p.grad) for p in model.parameters() if p.grad is not None]
+    return [g for g in grads if g.numel()]
 
 
 def _averaging(model: nn.Module, num_batches: int, whole: Callable[[], dict[str, Tensor]]) -> Laid:

@@ -38,36 +38,30 @@ def call(scaler, optimizer, what):
 
 def count_iterations(rank, size, name):
     """{(fused, calls, goodness): [(what, collectives counted, requests to the store)]}."""
-    return {
-        (fused, calls, goodness): counts
-        for fused in (False, True)
-        for calls in CALLS
-        for goodness, counts in count_three_iterations(rank, size, name, fused, calls)
-    }
-
-
-def count_three_iterations(rank, size, name, fused, calls):
-    laid = lay_out(name, size)
-    optimizer = torch.optim.AdamW(laid.model.parameters(), lr=0.5, fused=fused)
-    scaler = ShardedGradScaler("cpu", init_scale=8.0)
-    scaler.attach(laid.model, copies=laid.copies)
-    for goodness in ("first", "second", "bad"):
-        optimizer.zero_grad()
-        laid.backward(scaler, step=0)
-        if goodness == "bad" and rank == 0:
-            local_grads(laid.model)[0].view(-1)[0] = math.nan
-        counts = []
-        for what in [*(what for what, _ in CALLS[calls]), "update"]:
-            store().requests.clear()
-            with count_collectives() as counted:
-                scaler.update() if what == "update" else call(scaler, optimizer, what)
-            counts.append((what, counted.num, list(store().requests)))
-        yield goodness, counts
+    found = {}
+    for fused in (False, True):
+        laid = lay_out(name, size)
+        optimizer = torch.optim.AdamW(laid.model.parameters(), lr=0.5, fused=fused)
+        for calls, sequence in CALLS.items():
+            scaler = ShardedGradScaler("cpu", init_scale=8.0)
+            scaler.attach(laid.model, copies=laid.copies)
+            for goodness in ("first", "second", "bad"):
+                optimizer.zero_grad()
+                laid.backward(scaler, step=0)
+                if goodness == "bad" and rank == 0:
+                    local_grads(laid.model)[0].view(-1)[0] = math.nan
+                counts = found[fused, calls, goodness] = []
+                for what in [*(what for what, _ in sequence), "update"]:
+                    store().requests.clear()
+                    with count_collectives() as counted:
+                        scaler.update() if what == "update" else call(scaler, optimizer, what)
+                    counts.append((what, counted.num, list(store().requests)))
+    return found
 
 
 @pytest.mark.parametrize(("name", "size"), [*((name, 2) for name in LAYOUTS), *MESH_LAYOUTS])
 def test_one_collective_a_call_in_every_layout(ranks, name, size):
-    """Flag, norm and drift check together. A skip may gather culprits at `update`, and only there."""
+    """Flag, norm and drift check together. Only at `update` may a skip gather culprits."""
     for found in ranks.run(count_iterations, size, name=name, store="counting"):
         for (fused, calls, goodness), counts in found.items():
             expected = [(what, num, []) for what, num in CALLS[calls]]

@@ -16,6 +16,7 @@ from tests.ranks.models import (
     MESH_LAYOUTS,
     batch,
     lay_out,
+    local,
     local_grads,
     make_net,
     reference_grads,
@@ -149,9 +150,17 @@ CLIPS = [
 def clip(rank, size, name):
     """{clip: (norm, norm of the verdict, all parameters after the step)}, and number of batches."""
     found = {}
+    laid = lay_out(name, size)
+    params = list(laid.model.parameters())
+    first = [local(p).clone() for p in params]
     for max_norm, unscales_first, optimizer_name in CLIPS:
-        laid, scaler = lay_out_with_scaler(name, size)
-        optimizer = OPTIMIZERS[optimizer_name](laid.model.parameters())
+        with torch.no_grad():
+            for p, values in zip(params, first, strict=True):
+                local(p).copy_(values)
+        optimizer = OPTIMIZERS[optimizer_name](params)
+        optimizer.zero_grad()
+        scaler = ShardedGradScaler("cpu", init_scale=SCALE)
+        scaler.attach(laid.model, copies=laid.copies)
         laid.backward(scaler, step=0)
         if unscales_first:
             scaler.unscale_(optimizer)
@@ -188,6 +197,55 @@ def test_the_norm_is_that_of_one_process_holding_the_whole_model(ranks, name, si
                 torch.testing.assert_close(whole[parameter], expected, rtol=ROUNDING, atol=ROUNDING)
                 if key[0] != 0.5:  # nothing to clip: not a bit may change
                     assert torch.equal(whole[parameter], expected), (key, parameter)
+
+
+def clip_with_experts(rank, size):
+    """A first layer that DDP replicates, and an expert of this rank's own behind it."""
+    shared = DistributedDataParallel(torch.nn.Linear(5, 7))
+    expert = torch.nn.Linear(7, 3)
+    for p in [*shared.parameters(), *expert.parameters()]:
+        torch.nn.init.ones_(p)
+    model = torch.nn.ModuleList([shared, expert])
+    optimizer = OPTIMIZERS["SGD"](model.parameters())
+    scaler = ShardedGradScaler("cpu", init_scale=SCALE)
+    scaler.attach(model, copies=shardscale.distinct)
+    scaler.scale(expert(shared(batch(rank, 0))).sum()).backward()
+    norm = scaler.clip_grad_norm_(optimizer, INF).item()
+    shared_squares, own_squares = (
+        sum((p.grad.double() ** 2).sum().item() for p in part.parameters())
+        for part in (shared, expert)
+    )
+    return norm, shared_squares, own_squares
+
+
+def test_the_norm_counts_what_is_shared_once_and_each_expert(ranks):
+    found = ranks.run(clip_with_experts, 4)
+    expected = math.sqrt(found[0][1] + sum(own for _, _, own in found))
+    assert len({own for _, _, own in found}) == 4
+    for norm, _, _ in found:
+        assert norm == pytest.approx(expected, rel=ROUNDING)
+
+
+def clip_declared_copies(rank, size, declare):
+    """Plain tensors, by hand: ranks 0 and 2 hold one shard, 1 and 3 another, rank 3 one more."""
+    groups = [dist.new_group([0, 2]), dist.new_group([1, 3])]
+    model = torch.nn.ParameterDict({"shard": torch.nn.Parameter(torch.ones(4))})
+    if rank == 3:
+        model["alone"] = torch.nn.Parameter(torch.ones(7))
+    for p in model.values():
+        p.grad = torch.full_like(p, SCALE * (rank % 2 + 1))
+    where = {"ranks": [rank % 2, rank % 2 + 2], "group": groups[rank % 2]}[declare]
+    scaler = ShardedGradScaler("cpu", init_scale=SCALE)
+    scaler.attach(model, copies=lambda name, p: where if name == "shard" else None)
+    return scaler.clip_grad_norm_(torch.optim.SGD(model.values()), INF).item()
+
+
+@pytest.mark.parametrize("declare", ["ranks", "group"])
+def test_the_norm_counts_declared_copies_once(ranks, declare):
+    """4 ones, 4 twos, and 7 twos: each once."""
+    norm = math.sqrt(4 + 16 + 28)
+    for found in ranks.run(clip_declared_copies, 4, declare=declare):
+        assert found == pytest.approx(norm, rel=ROUNDING)
 
 
 def clip_a_bad_one(rank, size, name, value):

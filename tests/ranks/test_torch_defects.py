@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from shardscale import ShardedGradScaler
 from tests.ranks.counting import count_collectives
+from tests.ranks.models import local
 from tests.ranks.rank import outcome
 
 ON_PINNED_TORCH = torch.__version__.startswith("2.13.")
@@ -64,14 +65,10 @@ def d_parameter(mesh, placements, grad, shape=(4, 4), dtype=torch.float32):
     num_shards = math.prod(
         mesh.size(axis) for axis, placed in enumerate(placements) if not placed.is_replicate()
     )
-    local = torch.ones(shape[0] // num_shards, *shape[1:], dtype=dtype)
-    p = torch.nn.Parameter(DTensor.from_local(local, mesh, placements, run_check=False))
-    p.grad = DTensor.from_local(torch.full_like(local, grad), mesh, placements, run_check=False)
+    shard = torch.ones(shape[0] // num_shards, *shape[1:], dtype=dtype)
+    p = torch.nn.Parameter(DTensor.from_local(shard, mesh, placements, run_check=False))
+    p.grad = DTensor.from_local(torch.full_like(shard, grad), mesh, placements, run_check=False)
     return p
-
-
-def local(p):
-    return p.detach().to_local() if isinstance(p, DTensor) else p.detach()
 
 
 def skipped(params, call):

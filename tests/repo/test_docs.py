@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import json
 import pkgutil
 import re
 import subprocess
@@ -55,15 +56,53 @@ def program_of(page: Path) -> str:
     return "\n".join(lines)
 
 
-def run(program: str, name: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-W", "error", "-c", f"exec(compile({program!r}, {name!r}, 'exec'))"],
+# Reads {page: program} and runs each in a fork of a process that has imported torch once; a warning
+# is an error, as in the tests.
+RUNNER = """
+import json, os, sys, traceback, warnings
+import torch._dynamo  # the first optimizer of a process would import it
+import shardscale
+
+outcomes = {}
+for name, program in json.load(sys.stdin).items():
+    reads, writes = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            warnings.simplefilter("error")
+            exec(compile(program, name, "exec"), {"__name__": "__main__"})
+        except BaseException:
+            os.write(writes, traceback.format_exc().encode())
+            os._exit(1)
+        os._exit(0)
+    os.close(writes)
+    error = open(reads, "rb").read().decode()
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    outcomes[name] = error or (f"ended with {code}" if code else "")
+print(json.dumps(outcomes))
+"""
+
+
+def errors_of(programs: dict[str, str], folder: Path) -> dict[str, str]:
+    """What went wrong in each program, each run in a process of its own; empty if nothing did."""
+    done = subprocess.run(
+        [sys.executable, "-c", RUNNER],
+        input=json.dumps(programs),
         cwd=folder,
         capture_output=True,
         text=True,
         check=False,
         timeout=100,
     )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def page_errors(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    programs = {label(page): program_of(page) for page in PAGES}
+    return errors_of(programs, tmp_path_factory.mktemp("pages"))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=label)
@@ -74,11 +113,8 @@ def test_relative_links_lead_somewhere(page: Path):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=label)
-def test_python_blocks_run_in_order(page: Path, tmp_path: Path):
-    program = program_of(page)
-    if program.strip():
-        done = run(program, label(page), tmp_path)
-        assert done.returncode == 0, done.stderr
+def test_python_blocks_run_in_order(page: Path, page_errors: dict[str, str]):
+    assert page_errors[label(page)] == ""
 
 
 def test_a_wrong_page_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -89,9 +125,10 @@ def test_a_wrong_page_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         "```python\nx = 1\n```\n```python no-run\nx = 2\n```\n```python\nassert x == 2\n```\n"
     )
     assert links_of(page.read_text()) == ["no/such.md", "page.md"]
-    done = run(program_of(page), "page.md", tmp_path)
-    assert done.returncode == 1
-    assert 'File "page.md", line 9' in done.stderr
+    programs = {"page.md": program_of(page), "crash.md": "import os; os.abort()"}
+    errors = errors_of(programs, tmp_path)
+    assert 'File "page.md", line 9' in errors["page.md"]
+    assert errors["crash.md"] == "ended with -6"
 
     page.write_text("```python no-run\nx =\n```\n")
     with pytest.raises(SyntaxError):

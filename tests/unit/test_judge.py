@@ -8,7 +8,7 @@ from shardscale import ShardedGradScaler
 
 
 def test_gradients_of_a_kept_graph_are_unscaled_and_clipped():
-    """With ``create_graph=True`` gradients require gradients, and autograd minds in-place changes."""
+    """With ``create_graph=True`` gradients require gradients, and autograd minds in-place work."""
     weight = torch.nn.Parameter(torch.full((3,), 2.0))
     optimizer = torch.optim.SGD([weight], lr=1.0)
     scaler = ShardedGradScaler("cpu", init_scale=8.0)

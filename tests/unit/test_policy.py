@@ -1,4 +1,4 @@
-"""Policies: torch's rule to the bit, hysteresis and range by hand, pure functions without a read."""
+"""Policies: torch's rule to the bit, hysteresis and range by hand, nothing read from a device."""
 
 from __future__ import annotations
 
