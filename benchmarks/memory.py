@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -70,7 +72,20 @@ def largest_allocations(scaler_class: type, dtype: torch.dtype) -> dict[str, int
 
 def largest_allocation(call: Callable[[], None]) -> int:
     """Bytes of the largest single allocation that the profiler sees while ``call`` runs."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+    with quiet(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         call()
     events = profiled.profiler.kineto_results.events()
     return max((e.nbytes() for e in events if e.name() == "[memory]"), default=0)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """The profiler tells the terminal of its own comings and goings, below Python."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from itertools import chain
+from operator import attrgetter
+from types import NoneType
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +16,8 @@ from shardscale.errors import LayoutError
 
 __all__ = ["LocalShards", "local_shards", "params_of"]
 
+_LAYOUT = attrgetter("layout")
+_DTYPE = attrgetter("dtype")
 _REAL_DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 _DTYPES = _REAL_DTYPES | {torch.complex64, torch.complex128}
 
@@ -48,8 +52,11 @@ def local_shards(
         LayoutError: a gradient has a dtype or layout that cannot be judged, its elements share
             memory, or it is not laid out as its parameter; names the parameter.
     """
-    params = [p for p in params_of(optimizer) if p.grad is not None]
+    params = list(params_of(optimizer))
     grads: list[Any] = [p.grad for p in params]
+    if NoneType in set(map(type, grads)):
+        params = [p for p, g in zip(params, grads, strict=True) if g is not None]
+        grads = [g for g in grads if g is not None]
     seen = set() if seen is None else seen
     ids = set(map(id, grads))
     if len(ids) < len(grads) or not ids.isdisjoint(seen):
@@ -73,8 +80,8 @@ def params_of(optimizer: Any) -> Iterator[Tensor]:
 def _are_all_plain(grads: list[Tensor]) -> bool:
     return (
         set(map(type, grads)) <= {Tensor}
-        and {g.layout for g in grads} <= {torch.strided}
-        and {g.dtype for g in grads} <= _REAL_DTYPES
+        and set(map(_LAYOUT, grads)) <= {torch.strided}
+        and set(map(_DTYPE, grads)) <= _REAL_DTYPES
         and all(map(Tensor.is_contiguous, grads))
     )
 

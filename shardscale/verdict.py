@@ -162,8 +162,8 @@ def joint_found_inf(agreements: Sequence[Agreement]) -> Tensor:
 def clip_coefficient(agreement: Agreement, max_norm: float) -> Tensor:
     """The factor that brings the norm down to ``max_norm``: () float32 in (0, 1], 1 on a skip.
 
-    Source: ``torch.nn.utils.clip_grads_with_norm_``, min(1, max_norm / (norm + 1e-6)), here from the
-    float64 sum of squares.
+    Source: ``torch.nn.utils.clip_grads_with_norm_``: min(1, max_norm / (norm + 1e-6)); the norm is
+        the root of the float64 sum of squares.
     """
     norm = agreement.words[1].sqrt()
     factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)

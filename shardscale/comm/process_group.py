@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from datetime import timedelta
 
@@ -16,8 +17,8 @@ from shardscale.errors import MissingRankError
 __all__ = ["ProcessGroupComm", "message_device"]
 
 # A verdict is later than usual after this long; only then is the store looked at.
-_LATE_S = 1.0
-_POLL_S = 0.25
+_LATE = timedelta(seconds=1)
+_POLL = timedelta(seconds=0.25)
 _FIRST_TIMEOUT_S = 60.0
 
 
@@ -87,22 +88,16 @@ class ProcessGroupComm:
         timeout_s = self.timeout_s
         if timeout_s is None and self._num_verdicts == 1:
             timeout_s = _FIRST_TIMEOUT_S
-        started = time.monotonic()
-        slice_s = _LATE_S if timeout_s is None else min(_LATE_S, timeout_s)
-        while True:
-            try:
-                work.wait(timedelta(seconds=slice_s))
-                return
-            except RuntimeError:
-                # A wait that timed out leaves the work pending; anything else has ended it.
-                if work.is_completed():
-                    raise
-            waited_s = time.monotonic() - started
-            if timeout_s is not None and waited_s >= timeout_s:
-                raise RuntimeError(f"not complete after {waited_s:.1f} s")
+        first_slice = _LATE if timeout_s is None else min(_LATE, timedelta(seconds=timeout_s))
+        if _is_done(work, first_slice):
+            return
+        deadline = time.monotonic() - first_slice.total_seconds() + (timeout_s or math.inf)
+        while time.monotonic() < deadline:
             if self._roll_call.is_alarmed(self._num_verdicts):
-                raise RuntimeError(f"another rank gave up; waited {waited_s:.1f} s here")
-            slice_s = _POLL_S if timeout_s is None else min(_POLL_S, timeout_s - waited_s)
+                raise RuntimeError("another rank gave up")
+            if _is_done(work, _POLL):
+                return
+        raise RuntimeError(f"not complete after {timeout_s:g} s")
 
     def _explain(self, error: RuntimeError) -> str:
         what = f"rank {self.rank} of {self.size}: verdict {self._num_verdicts} did not complete"
@@ -113,6 +108,22 @@ class ProcessGroupComm:
                 " do with process_group=."
             )
         return f"{what} ({error}). {self._roll_call.report(self._num_verdicts)}{hint}"
+
+
+def _is_done(work: dist.Work, patience: timedelta) -> bool:
+    """Wait for ``work`` a while; False if it is still under way.
+
+    Raises:
+        RuntimeError: it failed.
+    """
+    try:
+        work.wait(patience)
+    except RuntimeError:
+        # A wait that timed out leaves the work pending; anything else has ended it.
+        if work.is_completed():
+            raise
+        return False
+    return True
 
 
 def message_device(backend_config: str) -> torch.device:

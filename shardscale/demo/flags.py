@@ -24,7 +24,10 @@ Wrap = Annotated[
 Optimizer = Annotated[
     str | None,
     typer.Option(
-        "--optimizer", metavar="|".join(OPTIMIZERS), help="Optimizer.", show_default="adamw"
+        "--optimizer",
+        metavar="NAME",
+        help=f"Optimizer: {', '.join(OPTIMIZERS)}.",
+        show_default="adamw",
     ),
 ]
 Scaler = Annotated[

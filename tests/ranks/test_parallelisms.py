@@ -209,7 +209,7 @@ def clip_with_experts(rank, size):
     optimizer = OPTIMIZERS["SGD"](model.parameters())
     scaler = ShardedGradScaler("cpu", init_scale=SCALE)
     scaler.attach(model, copies=shardscale.distinct)
-    scaler.scale(expert(shared(batch(rank, 0))).sum()).backward()
+    scaler.scale(expert(shared(batch(rank, 0))).sum() * (rank + 1)).backward()
     norm = scaler.clip_grad_norm_(optimizer, INF).item()
     shared_squares, own_squares = (
         sum((p.grad.double() ** 2).sum().item() for p in part.parameters())
