@@ -7,14 +7,15 @@ import math
 
 import torch
 
-NUM_SUMS = 5_000  # of two numbers each
+# Each of two numbers; enough that a transport which adds in another order on one rank shows.
+NUM_SUMS = 5_000
 
 
-def keep_contract(comm) -> dict[str, object]:
+def keep_contract(comm, num_sums=NUM_SUMS) -> dict[str, object]:
     """One rank's side of the contract; what it returns must be the same on every rank."""
     random = torch.Generator().manual_seed(comm.rank)
-    exponents = torch.randint(-300, 300, (NUM_SUMS, 2), generator=random).double()
-    rows = torch.randn(NUM_SUMS, 2, dtype=torch.float64, generator=random) * 2.0**exponents
+    exponents = torch.randint(-300, 300, (num_sums, 2), generator=random).double()
+    rows = torch.randn(num_sums, 2, dtype=torch.float64, generator=random) * 2.0**exponents
     digest = hashlib.sha256()
     for row in rows:
         comm.all_reduce_sum_(row)

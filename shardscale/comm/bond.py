@@ -35,7 +35,7 @@ class Bond:
 
     Raises:
         ConfigError: both are given, this rank is no member of the group, or the timeout is not a
-            positive number.
+            number of at least 0.001.
     """
 
     def __init__(
@@ -54,9 +54,9 @@ class Bond:
                 f"rank {dist.get_rank()} is not a member of the process_group given, and torch's "
                 "collectives silently do nothing there. Make the scaler only on the group's ranks."
             )
-        if timeout_s is not None and not 0 < timeout_s < math.inf:
+        if timeout_s is not None and not 0.001 <= timeout_s < math.inf:
             raise ConfigError(
-                f"timeout_s is {timeout_s!r}, but must be a positive number of seconds."
+                f"timeout_s is {timeout_s!r}, but must be a number of seconds, at least 0.001."
             )
         self._process_group = process_group
         self._comm = comm

@@ -119,10 +119,10 @@ def _is_done(work: dist.Work, patience: timedelta) -> bool:
     try:
         work.wait(patience)
     except RuntimeError:
-        # A wait that timed out leaves the work pending; anything else has ended it.
-        if work.is_completed():
-            raise
-        return False
+        # A wait that timed out leaves the work pending. It may have ended since then, and well.
+        if not work.is_completed():
+            return False
+        work.wait()
     return True
 
 

@@ -350,6 +350,19 @@ def test_a_new_iteration_has_the_newest_scale():
     assert grad_of(other).tolist() == [1.0] * 4
 
 
+def test_having_stepped_counts_for_one_iteration():
+    """Contract 34: in the next one the optimizer has gradients of that one's scale again."""
+    scaler, optimizer = ShardedGradScaler("cpu", init_scale=8.0), sgd(full(8.0))
+    scaler.scale(torch.ones(()))
+    scaler.step(optimizer)
+    scaler.update()
+    scaler.scale(torch.ones(()))
+    params_of(optimizer)[0].grad = full(8.0)
+    scaler.update(2.0)
+    scaler.unscale_(optimizer)
+    assert grad_of(optimizer).tolist() == [1.0] * 4
+
+
 def test_an_optimizer_that_has_stepped_is_unscaled_by_the_newest_scale():
     """Contract 34: a loop that never calls ``scale``, with one update for each iteration."""
     scaler, optimizer = ShardedGradScaler("cpu", init_scale=8.0, growth_interval=1), sgd(full(0.0))

@@ -184,6 +184,23 @@ def test_finite_gradients_have_a_finite_norm_and_are_not_clipped_to_zero(value):
     assert grad.norm().item() == pytest.approx(1.0, rel=1e-6)
 
 
+def test_a_norm_that_is_not_finite_counts_as_found_before_anything_is_clipped():
+    """Squares of 1e200 do not fit float64; without clipping the gradients are good."""
+    optimizer = sgd()
+    param = torch.nn.Parameter(torch.ones(4, dtype=torch.float64))
+    param.grad = torch.full((4,), 1e200, dtype=torch.float64)
+    optimizer.add_param_group({"params": [param]})
+    scaler = ShardedGradScaler("cpu", init_scale=1.0)
+    assert scaler.clip_grad_norm_(optimizer, 1.0).item() == math.inf
+    assert scaler.verdict(optimizer).found_inf.item() == 1.0
+    assert param.grad.tolist() == [1e200] * 4
+    scaler.step(optimizer)
+    scaler.update()
+    assert param.tolist() == [1.0] * 4
+    scaler.unscale_(optimizer)
+    assert scaler.verdict(optimizer).found_inf.item() == 0.0
+
+
 def test_reports_tell_each_iteration_in_plain_numbers():
     scaler = ShardedGradScaler("cpu", init_scale=8.0)
     assert scaler.last_report() is None
