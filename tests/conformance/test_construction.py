@@ -79,8 +79,8 @@ def test_positional_factors_are_refused_because_torchs_two_classes_swap_them():
         ({"init_scale": math.nan}, "must be a finite number in"),
         ({"init_scale": math.inf}, "must be a finite number in"),
         ({"init_scale": 1e39}, "must be a finite number in"),
-        ({"timeout_s": 0.0}, "must be a positive number"),
-        ({"timeout_s": math.inf}, "must be a positive number"),
+        ({"timeout_s": 0.0}, "must be a number of seconds"),
+        ({"timeout_s": math.inf}, "must be a number of seconds"),
     ],
     ids=str,
 )

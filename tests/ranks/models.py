@@ -32,15 +32,19 @@ from torch.nn.parallel import DistributedDataParallel
 import shardscale
 
 __all__ = [
+    "EVERY_LAYOUT",
     "LAYOUTS",
     "MESH_LAYOUTS",
     "Laid",
     "batch",
+    "equal",
     "lay_out",
     "local",
     "local_grads",
     "make_net",
     "reference_grads",
+    "spoil",
+    "whole_bits",
 ]
 
 
@@ -98,6 +102,22 @@ def local_grads(model: nn.Module) -> list[Tensor]:
     """The gradients of which this rank holds any element, as plain tensors."""
     grads = [local(p.grad) for p in model.parameters() if p.grad is not None]
     return [g for g in grads if g.numel()]
+
+
+def spoil(model: nn.Module, rank: int, bad_rank: int, value: float) -> None:
+    """On one rank, overwrite the last element of the first gradient that it holds."""
+    if rank == bad_rank:
+        local_grads(model)[0].view(-1)[-1] = value
+
+
+def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    """Whether the same names stand for equal tensors."""
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def whole_bits(laid: Laid) -> dict[str, Tensor]:
+    """All float32 parameters in full, as integers, so that NaN equals itself; a collective."""
+    return {name: p.view(torch.int32) for name, p in laid.whole().items()}
 
 
 def _averaging(model: nn.Module, num_batches: int, whole: Callable[[], dict[str, Tensor]]) -> Laid:
@@ -325,3 +345,16 @@ MESH_LAYOUTS: dict[tuple[str, int], Callable[[int], Laid]] = {
     ("PP and FSDP2", 4): _pp(sharded=True),
 }
 """(Name, number of ranks) -> function of the number of ranks."""
+
+EVERY_LAYOUT = [
+    *((name, size) for name in LAYOUTS for size in (2, 3)),
+    # On four ranks the bias of three leaves one of them without an element.
+    *(
+        (name, 4)
+        for name in ("FSDP1 FULL_SHARD original", "FSDP2", "FSDP2 float16", "hand-sharded")
+    ),
+    ("DDP", 1),
+    ("FSDP2", 1),
+    *MESH_LAYOUTS,
+]
+"""Pairs of name and number of ranks, for ``lay_out``."""

@@ -10,15 +10,10 @@ never start a thread, never make a group and never call autograd; it imports, fo
 
 from __future__ import annotations
 
-import ctypes
-import datetime
-import faulthandler
 import importlib
-import operator
 import os
 import pathlib
 import pickle
-import random
 import signal
 import socket
 import sys
@@ -26,17 +21,17 @@ import time
 import traceback
 from multiprocessing import connection
 
-from tests.ranks import rank as rank_module
+import torch
+
+from tests.ranks.forked import be_rank
 from tests.ranks.report import RankReport, Request
 
-GRACE_S = 5.0
+GRACE_S = 3.0
 """How long the other ranks may go on once one of them has failed; they would only wait for it."""
 
 
 def main(request_fd: int) -> None:
     _import_what_cases_use()
-    num_threads = len(os.listdir("/proc/self/task")) if os.path.isdir("/proc/self/task") else 1
-    assert num_threads == 1, f"{num_threads} threads after the imports: forking them is not safe"
     requests = connection.Connection(request_fd)
     requests.send_bytes(b"ready")
     while True:
@@ -48,15 +43,12 @@ def main(request_fd: int) -> None:
             reply: object = _serve(request, requests)
         except Exception:
             reply = traceback.format_exc()
-        # Plain pickle: `Connection.send` would move tensors into shared memory, which dies with its
-        # owner.
+        # Plain pickle: `Connection.send` would move tensors into shared memory.
         requests.send_bytes(pickle.dumps(reply))
 
 
 def _import_what_cases_use() -> None:
     """Whatever is not imported here is imported by every rank of every case."""
-    import torch
-
     torch.set_num_threads(1)
     for name in (
         "numpy",
@@ -71,9 +63,6 @@ def _import_what_cases_use() -> None:
         "torch.testing",
     ):
         importlib.import_module(name)
-
-
-# --------------------------------------------------------------------------------- the waiting side
 
 
 class _Child:
@@ -105,6 +94,8 @@ def _serve(request: Request, requests: connection.Connection) -> list[RankReport
     sys.path[:] = list(request.sys_path)
     # Imported here and not in the ranks, so that it is done once.
     importlib.import_module(request.module)
+    num_threads = len(os.listdir("/proc/self/task")) if os.path.isdir("/proc/self/task") else 1
+    assert num_threads == 1, f"{num_threads} threads after {request.module}: no fork is safe"
     directory = pathlib.Path(request.directory)
     listener = socket.create_server(("127.0.0.1", 0)) if request.store == "tcp" else None
     children: list[_Child] = []
@@ -141,7 +132,7 @@ def _fork(
             # An end of a pipe held open by a sibling would hide that its owner is gone.
             for end in [*to_close, results, go]:
                 end.close()
-            _be_rank(request, rank, listener, results_out, go_in)
+            be_rank(request, rank, listener, results_out, go_in)
         except BaseException:
             traceback.print_exc()
         finally:
@@ -247,95 +238,6 @@ def _report(child: _Child, directory: pathlib.Path) -> RankReport:
     return RankReport(
         child.rank, exit_code, result, error, text("log").splitlines(), text("out"), child.stack
     )
-
-
-# ---------------------------------------------------------------------------------- the forked side
-
-
-def _be_rank(
-    request: Request,
-    rank: int,
-    listener: socket.socket | None,
-    results: connection.Connection,
-    go: connection.Connection,
-) -> None:
-    _die_with_parent()
-    _open_files(request, rank)
-    try:
-        reply = (pickle.dumps(_run(request, rank, listener)), None)
-    except BaseException:
-        reply = (None, traceback.format_exc())
-    results.send_bytes(pickle.dumps(reply))
-    # Nobody leaves before all have finished: who left early would look like a failure to the rest.
-    try:
-        go.recv_bytes()
-    except EOFError:
-        pass
-    sys.stdout.flush()
-    sys.stderr.flush()
-
-
-def _run(request: Request, rank: int, listener: socket.socket | None) -> object:
-    import numpy
-    import torch
-    import torch.distributed as dist
-
-    torch.manual_seed(0)
-    numpy.random.seed(0)
-    random.seed(0)
-    kwargs = pickle.loads(request.kwargs)
-    case = operator.attrgetter(request.qualname)(sys.modules[request.module])
-    if request.backend is not None:
-        store = rank_module._here.store = _make_store(request, rank, listener)
-        dist.init_process_group(
-            request.backend,
-            store=store,
-            rank=rank,
-            world_size=request.size,
-            timeout=datetime.timedelta(seconds=request.group_timeout_s),
-        )
-    return case(rank, request.size, **kwargs)
-
-
-def _make_store(request: Request, rank: int, listener: socket.socket | None):
-    import torch.distributed as dist
-
-    from tests.ranks.counting import CountingStore
-
-    if listener is not None:
-        # The port is bound and listening since before the fork: nobody can take it, nobody can come
-        # too early.
-        timeout = datetime.timedelta(seconds=request.group_timeout_s)
-        port = listener.getsockname()[1]
-        fd = listener.detach()
-        if rank != 0:
-            os.close(fd)
-        options = {"is_master": True, "master_listen_fd": fd} if rank == 0 else {"is_master": False}
-        return dist.TCPStore(
-            "127.0.0.1", port, request.size, timeout=timeout, wait_for_workers=False, **options
-        )
-    file_store = dist.FileStore(os.path.join(request.directory, "store"), request.size)
-    return CountingStore(file_store) if request.store == "counting" else file_store
-
-
-def _open_files(request: Request, rank: int) -> None:
-    base = os.path.join(request.directory, f"rank{rank}")
-    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
-    out = os.open(base + ".out", flags)
-    os.dup2(out, 1)
-    os.dup2(out, 2)
-    rank_module._here.log_fd = os.open(base + ".log", flags)
-    rank_module._here.directory = pathlib.Path(request.directory)
-    stack = os.open(base + ".stack", flags)
-    faulthandler.enable(out)
-    faulthandler.register(signal.SIGUSR1, stack, all_threads=True)
-
-
-def _die_with_parent() -> None:
-    """On Linux a rank ends with the server, even if the server is killed outright."""
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
 if __name__ == "__main__":
