@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -55,6 +56,7 @@ class Judge:
         self.stages = Stages()
         self.ledger = Ledger()
         self._previous: Agreement | None = None
+        self._told: dict[int, tuple[Agreement, Exception]] = {}  # disagreements, by their verdict
 
     @torch.no_grad()  # gradients of a graph that is kept require gradients themselves
     def judge(self, question: Question, state: ScaleState, policy: ScalePolicy) -> Agreement:
@@ -84,14 +86,17 @@ class Judge:
         if comm is None:
             if fault is not None:
                 raise fault
-            agreement = verdict.alone(stats)
+            agreement = verdict.alone(
+                stats
+            )  # its bits are not the group's, should there ever be one
         else:
-            agreement = self._agree(stats, call, comm, fault is not None)
-        self._previous = agreement
+            agreement = self._agree(stats, call, comm, fault)
+            self._previous = agreement
         self.stages.num_calls += 1
         self.ledger.note(Unread(agreement, call, fault))
         if fault is not None:
-            self._raise_fault(question, agreement, call, fault)
+            self._tell_fault(question, Unread(agreement, call, fault))
+            raise fault
         self._remember(question, agreement, call, has_grads)
         if self.sync:
             self.read(agreement, call)
@@ -128,36 +133,55 @@ class Judge:
         Collective: only where the ranks disagree, which all of them read alike.
         Sync: one read per verdict.
         """
+        unread = self.ledger.find(agreement) or Unread(agreement, call, None)
         flags = self.ledger.read(agreement)
         if flags.drifted or flags.faulted:
-            raise self._disagreement(call)
+            raise self._disagreement(unread)
         return flags.found
+
+    def read_all(self) -> None:
+        """Read every verdict of the iteration, so that none keeps a disagreement to itself.
+
+        Raises:
+            DisagreementError: the ranks did not belong together in one of them; names them.
+
+        Collective: only where the ranks disagree.
+        Sync: one read per verdict.
+        """
+        for agreement, call in self.stages.agreements():
+            self.read(agreement, call)
 
     def read_late(self, floor: float | None) -> None:
         """Read what the iteration before left unread.
 
         Raises:
+            Exception: what was wrong on this rank.
             DisagreementError: the ranks did not belong together in it; names them.
 
         Collective: only where the ranks disagree.
         """
-        opened = self.ledger.open(floor)
-        if opened is None:
-            return
-        flags, unread = opened
-        if unread is not None and (flags.drifted or flags.faulted):
-            error = self._disagreement(unread.call, unread.fault)
+        for unread in self.ledger.open(floor):
+            error = self._disagreement(unread)
             raise unread.fault or error
 
-    def _agree(self, stats: ShardStats, call: Call, comm: Communicator, faulted: bool) -> Agreement:
+    def settle(self) -> None:
+        """Forget an iteration that no update will close."""
+        self.stages.clear()
+        self.ledger.drop()
+
+    def _agree(
+        self, stats: ShardStats, call: Call, comm: Communicator, fault: Exception | None
+    ) -> Agreement:
         try:
-            return verdict.agree(stats, call, comm, self._previous, faulted)
+            return verdict.agree(stats, call, comm, self._previous, fault is not None)
         except MissingRankError as missing:
+            if fault is not None:
+                raise fault from missing
             # The others may be missing because they have read a disagreement that this rank, with
             # other optimizers, has not: then that is what there is to tell.
-            for agreement, earlier, _ in self.ledger.unread():
-                if agreement.flags[1:].any():
-                    raise self._disagreement(earlier) from missing
+            for unread in self.ledger.unread():
+                if unread.agreement.flags[1:].any():
+                    raise self._disagreement(unread) from missing
             raise
 
     def _measure(
@@ -170,7 +194,7 @@ class Judge:
         for optimizer in question.optimizers:
             entry = self.stages.of(optimizer)
             shards = local_shards(optimizer, self.layouts.name_of, squares is not None, seen)
-            has_grads.append(bool(shards.grads) or not seen.isdisjoint(_grad_ids(optimizer)))
+            has_grads.append(any(param.grad is not None for param in params_of(optimizer)))
             inv_scale = torch.ones_like(state.scale)
             if not entry.is_unscaled:
                 inv_scale = kernels.inverse_scale(self.stages.stamp([optimizer], state.scale))
@@ -227,27 +251,37 @@ class Judge:
             if question.method != "step":
                 entry.stage = OptState.UNSCALED
 
-    def _raise_fault(
-        self, question: Question, agreement: Agreement, call: Call, fault: Exception
-    ) -> None:
-        if not isinstance(fault, StageError):
+    def _tell_fault(self, question: Question, unread: Unread) -> None:
+        """Let the others know what this rank is about to raise, unless all raise alike."""
+        agreement, call, fault = unread
+        assert fault is not None
+        _, _, is_ours_alone = agreement.flags.tolist()
+        if is_ours_alone or not isinstance(fault, StageError):
             # The others took this as a bad verdict of the iteration, so this rank must, too.
             self.stages.empty.append((agreement, call))
+        if not is_ours_alone:
+            self.ledger.read(agreement)
+            return
         is_late = bool(question.optimizers) and all(map(is_fused, question.optimizers))
         if self.sync or not is_late:
-            # The others read the verdict in this iteration and ask who is to blame.
             self.ledger.read(agreement)
-            self._disagreement(call, fault)
-        raise fault
-
-    def _disagreement(self, call: Call, fault: Exception | None = None) -> DisagreementError:
+            self._disagreement(unread)
+            return
+        # The others read it at their next update. This rank may not live to see that one.
         comm = self.bond.communicator() or Solo()
-        accounts = comm.all_gather_object(drift.account(call, fault))
-        return DisagreementError(drift.explain(accounts, comm.rank))
+        account = drift.account(call, fault)
+        threading.Thread(target=comm.all_gather_object, args=(account,), daemon=True).start()
+        self._told[id(agreement)] = (agreement, fault)
 
-
-def _grad_ids(optimizer: Any) -> set[int]:
-    return {id(param.grad) for param in params_of(optimizer) if param.grad is not None}
+    def _disagreement(self, unread: Unread) -> Exception:
+        """The error of a verdict in which the ranks did not belong together; gathered once."""
+        agreement, call, fault = unread
+        if id(agreement) not in self._told:
+            comm = self.bond.communicator() or Solo()
+            accounts = comm.all_gather_object(drift.account(call, fault))
+            error = DisagreementError(drift.explain(accounts, comm.rank))
+            self._told[id(agreement)] = (agreement, error)
+        return self._told[id(agreement)][1]
 
 
 def _nothing_found(state: ScaleState) -> ShardStats:

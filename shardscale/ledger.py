@@ -34,9 +34,10 @@ class _Page(NamedTuple):
     """One iteration, on its way to the host."""
 
     step: int
-    numbers: Tensor  # (6,) float32 on the host: found, drifted, faulted, scale, next scale, norm
+    # (6 + 3k,) float32 on the host: found, drifted, faulted, scale, next scale, norm, then `unread`
+    numbers: Tensor
     arrived: torch.Event | None  # the copy is done; None where there was nothing to copy
-    unread: Unread | None  # any verdict of the iteration that the host did not read in time
+    unread: list[Unread]  # the iteration's k verdicts that the host did not read
 
 
 class Ledger:
@@ -75,6 +76,10 @@ class Ledger:
         """Remember a verdict that was just made."""
         self._unread[id(unread.agreement)] = unread
 
+    def find(self, agreement: Agreement) -> Unread | None:
+        """What was noted of a verdict that is not read yet."""
+        return self._unread.get(id(agreement))
+
     def read(self, agreement: Agreement) -> Flags:
         """The flags of a verdict, now.
 
@@ -87,8 +92,11 @@ class Ledger:
 
     def unread(self) -> list[Unread]:
         """Every verdict that the host has not read, oldest first."""
-        before = [self._page.unread] if self._page and self._page.unread else []
-        return before + list(self._unread.values())
+        return [*(self._page.unread if self._page else []), *self._unread.values()]
+
+    def drop(self) -> None:
+        """Forget the verdicts of an iteration that no update will close."""
+        self._unread, self._read = {}, {}
 
     def turn(
         self,
@@ -110,7 +118,10 @@ class Ledger:
         Sync: none.
         """
         if not agreements:
+            self.drop()
             return
+        # The state is about to change in place, but what is told of a call is how it was made.
+        unread = [u._replace(call=_snapshot(u.call)) for u in self._unread.values()]
         newest, _ = agreements[-1]
         flags = newest.flags
         if len(agreements) > 1:
@@ -118,11 +129,8 @@ class Ledger:
         normed = [a.grad_norm for a, call in agreements if call.max_norm is not None]
         norm = normed[-1] if normed else newest.grad_norm
         on = flags.device
-        numbers = torch.cat([flags, torch.stack([t.to(on) for t in (scale, next_scale, norm)])])
-        unread = next(reversed(self._unread.values()), None)
-        if unread is not None:
-            # The state is about to change in place, but what is told of a call is how it was made.
-            unread = unread._replace(call=_snapshot(unread.call))
+        rest = torch.stack([t.to(on) for t in (scale, next_scale, norm)])
+        numbers = torch.cat([flags, rest, *(u.agreement.flags for u in unread)])
         arrived = None
         if not numbers.is_cpu:
             numbers = numbers.to("cpu", non_blocking=True)
@@ -130,25 +138,32 @@ class Ledger:
             arrived.record()
         self._page = _Page(step, numbers, arrived, unread)
         self._unread, self._read = {}, {}
-        if unread is None and arrived is None:
+        if not unread and arrived is None:
             self.open(floor)
 
-    def open(self, floor: float | None) -> tuple[Flags, Unread | None] | None:
-        """Read the iteration closed last, if it was not read yet: its flags, and an unread verdict.
+    def open(self, floor: float | None) -> list[Unread]:
+        """Read the iteration closed last, if it was not read yet.
+
+        Returns:
+            Those of its verdicts that drifted or faulted and were not read in time.
 
         Sync: waits for a copy that was started an iteration ago.
         """
         page, self._page = self._page, None
         if page is None:
-            return None
+            return []
         if page.arrived is not None:
             page.arrived.synchronize()
-        found, drifted, faulted, scale, next_scale, norm = page.numbers.tolist()
+        found, _, _, scale, next_scale, norm, *flags = page.numbers.tolist()
         skipped = found > 0
         self._num_skipped += skipped
         self.last_report = StepReport(page.step, scale, next_scale, skipped, norm, ())
         self._warn_at_floor(self.last_report, floor)
-        return Flags(skipped, drifted > 0, faulted > 0), page.unread
+        return [
+            unread
+            for unread, drifted, faulted in zip(page.unread, flags[1::3], flags[2::3], strict=True)
+            if drifted or faulted
+        ]
 
     def _warn_at_floor(self, report: StepReport, floor: float | None) -> None:
         at_floor = floor is not None and report.skipped and report.next_scale <= floor

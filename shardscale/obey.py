@@ -6,6 +6,8 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
+
 from shardscale.errors import StageError, StateError
 from shardscale.fused import is_fused, step_fused, takes_grad_scaler
 from shardscale.judge import Judge, Question
@@ -55,7 +57,7 @@ class Obedience:
         found = stages.verdicts(optimizers)
         skips = False
         if not optimizers or not all(map(is_fused, optimizers)):
-            # Every verdict is read, so that none of them keeps a disagreement to itself.
+            self._judge.read_all()
             skips = True in [self._judge.read(agreement, call) for agreement, call in found]
         self._require_gradients(optimizers)
         returned = [self._step_one(optimizer, found, skips) for optimizer in optimizers]
@@ -70,6 +72,10 @@ class Obedience:
             return self._pass_scaler(optimizer)
         if is_fused(optimizer):
             found_inf = joint_found_inf([agreement for agreement, _ in found])
+            for agreement, _ in self._judge.stages.agreements():
+                if all(agreement is not own for own, _ in found):
+                    # Ranks that fell apart over another optimizer must not move this one either.
+                    found_inf = torch.maximum(found_inf, agreement.flags[1:].amax())
             stamp = self._judge.stages.stamp([optimizer], self._state.scale)
             grad_scale = None if entry.is_unscaled else stamp
             return step_fused(optimizer, grad_scale, found_inf, self._args, self._kwargs)

@@ -110,7 +110,8 @@ class ShardedGradScaler(TorchNames, torch.amp.GradScaler):  # type: ignore[overr
             self._policy = ConstantScale()
             self._state = self._policy.init(1.0, "cpu")
         self._is_placed = False
-        self._judge = Judge(Bond(process_group, comm, timeout_s), sync)
+        # A disabled scaler clips, but has no update() to read anything late.
+        self._judge = Judge(Bond(process_group, comm, timeout_s), sync or not self._enabled)
         if model is not None:
             self.attach(model)
 
@@ -238,7 +239,7 @@ class ShardedGradScaler(TorchNames, torch.amp.GradScaler):  # type: ignore[overr
         agreement = self._ask(question)
         self._judge.clip_(question, agreement)
         if not self._enabled:
-            self._judge.stages.clear()
+            self._judge.settle()
         return agreement.grad_norm
 
     def step(  # type: ignore[override]

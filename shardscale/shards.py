@@ -45,24 +45,26 @@ def local_shards(
         name_of: What to call a parameter in an error.
         coalesced: Sparse gradients must hold each element once, as their norm needs; uncoalesced
             ones are replaced. Float16 ones are coalesced, in float32, in any case.
-        seen: Ids of gradients to leave out, because another optimizer of the same call has them;
-            this one's are added.
+        seen: Ids of parameters to leave out, because another optimizer of the same call has them;
+            this one's are added. The optimizers keep them alive, so no id is taken twice.
 
     Raises:
         LayoutError: a gradient has a dtype or layout that cannot be judged, its elements share
             memory, or it is not laid out as its parameter; names the parameter.
     """
     params = list(params_of(optimizer))
+    seen = set() if seen is None else seen
+    ids = set(map(id, params))
+    if len(ids) < len(params) or not ids.isdisjoint(seen):
+        params = list({id(p): p for p in params if id(p) not in seen}.values())
+    seen |= ids
     grads: list[Any] = [p.grad for p in params]
     if NoneType in set(map(type, grads)):
         params = [p for p, g in zip(params, grads, strict=True) if g is not None]
         grads = [g for g in grads if g is not None]
-    seen = set() if seen is None else seen
-    ids = set(map(id, grads))
-    if len(ids) < len(grads) or not ids.isdisjoint(seen):
-        once = {id(g): (p, g) for p, g in zip(params, grads, strict=True) if id(g) not in seen}
+    if len(set(map(id, grads))) < len(grads):  # parameters that share one gradient
+        once = {id(g): (p, g) for p, g in zip(params, grads, strict=True)}
         params, grads = [p for p, _ in once.values()], [g for _, g in once.values()]
-    seen |= ids
     if set(map(type, grads)) == {DTensor}:
         for p, g in zip(params, grads, strict=True):
             _require_same_placements(p, g, name_of)

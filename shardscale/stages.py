@@ -47,6 +47,7 @@ class Stages:
         self.empty: list[tuple[Agreement, Call]] = []  # the verdicts this rank only joined in
         self._stepped: dict[int, Any] = {}  # by id; kept, so that its id is not taken by another
         self._stamp: Tensor | None = None
+        self._has_begun = False
 
     def of(self, optimizer: Any) -> Entry:
         """The optimizer's entry, made at first sight."""
@@ -117,17 +118,20 @@ class Stages:
         """A new iteration: gradients made from here on have the scale that is newest now."""
         self._stepped.clear()
         self._stamp = None
+        self._has_begun = True
 
     def keep_stamp(self, scale: Tensor) -> None:
         """The scale is about to change: remember it for optimizers that have not stepped yet."""
-        if self._stamp is None:
+        # Whoever never begins scales by hand, with the scale that is newest then.
+        if self._stamp is None and self._has_begun:
             self._stamp = scale.clone()
 
     def mark_stepped(self, optimizers: Sequence[Any]) -> None:
         """These optimizers have consumed their gradients."""
         for optimizer in optimizers:
             self.of(optimizer).stage = OptState.STEPPED
-        self._stepped.update(_by_id(optimizers))
+        if self._has_begun:
+            self._stepped.update(_by_id(optimizers))
 
     def stamp(self, optimizers: Sequence[Any], newest: Tensor) -> Tensor:
         """The scale, () float32, that these optimizers' gradients were made with."""

@@ -10,7 +10,8 @@ an exact integer,
 whose weights sum to zero over the group. If all ranks send the same fingerprint the second term
 vanishes and what is left is the number of bad ranks; if they do not, a multiple of 2^18 remains,
 and every rank reads it from the same reduced number. A rank that cannot judge its own gradients
-sends NaN in word 0, which no other summand can hide.
+sends NaN in word 0, which no other summand can hide, and -1 in word 1, which adds up to minus the
+size of the group only where all ranks do so.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ def agree(
         )
     message = pack(stats, call, comm.rank, comm.size, previous, faulted)
     comm.all_reduce_sum_(message)
-    return unpack(message, stats.sum_squares is not None, previous)
+    return unpack(message, stats.sum_squares is not None, previous, comm.size)
 
 
 def alone(stats: ShardStats, previous: Agreement | None = None) -> Agreement:
@@ -96,12 +97,16 @@ def pack(
 ) -> Tensor:
     """The (2,) float64 message of one rank, on the device of ``stats``."""
     if faulted:
-        return _message(stats, math.nan)
+        return _message(
+            ShardStats(stats.found_inf, torch.full_like(stats.found_inf, -1.0)), math.nan
+        )
     term = weight(call.num_updates, rank, size) * fingerprint(call, previous) * 2**_COUNT_BITS
     return _message(stats, term)
 
 
-def unpack(words: Tensor, normed: bool, previous: Agreement | None = None) -> Agreement:
+def unpack(
+    words: Tensor, normed: bool, previous: Agreement | None = None, size: int | None = None
+) -> Agreement:
     """Read the reduced message; nothing else enters, so all ranks read the same.
 
     The norm of many large float32 values need not fit float32; saturated, it still counts as the
@@ -112,18 +117,21 @@ def unpack(words: Tensor, normed: bool, previous: Agreement | None = None) -> Ag
         words: (2,) float64, the sum over all ranks.
         normed: Whether word 1 carries a sum of squares.
         previous: An agreement whose drift still stands.
+        size: The number of ranks. If all of them are at fault, as by a mistake in the program that
+            they share, each raises its own error, and none has to learn of another's.
     """
     if _is_on_host(words):
-        return _unpack_on_host(words, normed, previous)
+        return _unpack_on_host(words, normed, previous, size)
     count, sum_squares = words[0], words[1]
-    faulted = count.isnan()
+    stopped = count.isnan()
+    faulted = stopped & (sum_squares != -(size or math.inf))
     num_bad = count.remainder(2**_COUNT_BITS)
-    drifted = (count != num_bad) & ~faulted
+    drifted = (count != num_bad) & ~stopped
     if previous is not None:
         drifted = drifted | (previous.drifted > 0)
-    found = (num_bad > 0) | drifted | faulted
+    found = (num_bad > 0) | drifted | stopped
     if normed:
-        norm = sum_squares.sqrt()
+        norm = torch.where(stopped, math.nan, sum_squares.sqrt())
         found = found | ~norm.isfinite()
         grad_norm = torch.where(norm.isfinite(), norm.clamp(max=_LARGEST), norm).float()
     else:
@@ -132,24 +140,27 @@ def unpack(words: Tensor, normed: bool, previous: Agreement | None = None) -> Ag
     return Agreement(torch.stack([found, drifted, faulted]).float(), grad_norm, words)
 
 
-def _unpack_on_host(words: Tensor, normed: bool, previous: Agreement | None) -> Agreement:
+def _unpack_on_host(
+    words: Tensor, normed: bool, previous: Agreement | None, size: int | None
+) -> Agreement:
     """The same reading in Python numbers, which on the host cost a tenth of tensors."""
     count, sum_squares = words.tolist()
-    faulted = math.isnan(count)
-    num_bad = 0.0 if faulted else count % 2**_COUNT_BITS
-    drifted = not faulted and count != num_bad
+    stopped = math.isnan(count)
+    faulted = stopped and sum_squares != -(size or math.inf)
+    num_bad = 0.0 if stopped else count % 2**_COUNT_BITS
+    drifted = not stopped and count != num_bad
     if previous is not None:
         drifted = drifted or previous.flags.tolist()[1] > 0
-    found = num_bad > 0 or drifted or faulted
+    found = num_bad > 0 or drifted or stopped
     grad_norm = math.nan
     if normed:
-        grad_norm = math.sqrt(sum_squares)
+        grad_norm = math.nan if stopped else math.sqrt(sum_squares)
         found = found or not math.isfinite(grad_norm)
         grad_norm = min(grad_norm, _LARGEST) if math.isfinite(grad_norm) else grad_norm
-    if faulted or math.isnan(sum_squares):
+    if stopped or math.isnan(sum_squares):
         words = torch.where(words.isnan(), math.nan, words)
-    flags = torch.tensor([found, drifted, faulted], dtype=torch.float32)
-    return Agreement(flags, torch.tensor(grad_norm, dtype=torch.float32), words)
+    flags = torch.tensor([found, drifted, faulted], dtype=torch.float32, device="cpu")
+    return Agreement(flags, torch.tensor(grad_norm, dtype=torch.float32, device="cpu"), words)
 
 
 def joint_found_inf(agreements: Sequence[Agreement]) -> Tensor:
@@ -247,7 +258,7 @@ def _message(stats: ShardStats, term: float | Tensor) -> Tensor:
     found_inf, sum_squares = stats
     if _is_on_host(found_inf) and not isinstance(term, Tensor):
         squares = 0.0 if sum_squares is None else sum_squares.item()
-        return torch.tensor([found_inf.item() + term, squares], dtype=torch.float64)
+        return torch.tensor([found_inf.item() + term, squares], dtype=torch.float64, device="cpu")
     if found_inf.device.type == "mps":  # has no float64; such a message is made on the host
         found_inf = found_inf.cpu()
     count = found_inf.double() + term

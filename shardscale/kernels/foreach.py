@@ -42,7 +42,7 @@ def unscale_(
     """
     _refuse_useless(inv_scale, found_inf)
     for device, dtype, group in _groups(grads):
-        flag = found_inf if device == found_inf.device else torch.zeros((), device=device)
+        flag = found_inf if device == found_inf.device else _zero_flag(device)
         factor = inv_scale.to(device, non_blocking=True)
         if _amp_op_knows(device, dtype):
             _amp_op_(group, flag, factor)
@@ -70,7 +70,7 @@ def check_(grads: Sequence[Tensor], inv_scale: Tensor, found_inf: Tensor) -> Non
     """
     _refuse_useless(inv_scale, found_inf)
     for device, _, group in _groups(grads):
-        flag = found_inf if device == found_inf.device else torch.zeros((), device=device)
+        flag = found_inf if device == found_inf.device else _zero_flag(device)
         factor = inv_scale.to(device, non_blocking=True)
         if device.type == "cpu" and factor.item() <= 1:
             _amp_op_(group, flag, torch.ones_like(factor))  # times one: only NaN payloads change
@@ -90,9 +90,14 @@ def scale_(grads: Sequence[Tensor], factor: Tensor) -> None:
     for device, dtype, group in _groups(grads):
         local = factor.to(device, non_blocking=True)
         if _amp_op_knows(device, dtype):
-            _amp_op_(group, torch.zeros((), device=device), local)
+            _amp_op_(group, _zero_flag(device), local)
         else:
             _multiply_(group, local)
+
+
+def _zero_flag(device: torch.device) -> Tensor:
+    # Neither torch's default dtype nor its default device may decide.
+    return torch.zeros((), dtype=torch.float32, device=device)
 
 
 def _groups(grads: Sequence[Tensor]) -> Iterator[tuple[torch.device, torch.dtype, list[Tensor]]]:
@@ -158,7 +163,7 @@ def _sum_squares(group: list[Tensor]) -> Tensor:
 def _sum_squares_on_host(group: list[Tensor]) -> Tensor:
     pieces = list(chain.from_iterable(map(_pieces, group)))
     short = [p for p in pieces if _is_precise(p)]
-    total = torch.zeros((), dtype=torch.float64)
+    total = torch.zeros((), dtype=torch.float64, device="cpu")
     if short:
         norms = torch.stack(torch._foreach_norm(short)).double()
         # float32 squares of large values overflow and those of small ones vanish.

@@ -69,6 +69,7 @@ class Meeting:
         self._turns: Counter[tuple[str, int]] = Counter()
         self._tables: defaultdict[tuple[str, int], dict[int, Any]] = defaultdict(dict)
         self._gone: set[int] = set()
+        self._given_up: set[int] = set()  # whoever comes later comes for nothing; tables are kept
 
     def exchange(self, kind: str, rank: int, thing: Any) -> dict[int, Any]:
         """What the threads brought, by rank; complete unless the time ran out."""
@@ -77,11 +78,14 @@ class Meeting:
             table = self._tables[kind, self._turns[kind, rank]]
             table[rank] = thing
             self._changed.notify_all()
-            self._changed.wait_for(
+            came_in_time = self._changed.wait_for(
                 lambda: len(table) == self.size or self._is_hopeless(kind, rank, table),
                 self._timeout_s,
             )
-            return dict(table)
+            if not came_in_time:
+                self._given_up.add(id(table))
+            too_late = kind == "reduce" and came_in_time and id(table) in self._given_up
+            return {rank: thing} if too_late else dict(table)
 
     def leave(self, rank: int) -> None:
         """This thread will not come again."""

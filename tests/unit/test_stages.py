@@ -108,9 +108,18 @@ def test_an_optimizer_that_was_dropped_does_not_lend_its_stamp_to_a_new_one():
 
 def test_the_stamp_is_a_copy():
     stages, scale = Stages(), torch.tensor(8.0)
+    stages.begin()
     stages.keep_stamp(scale)
     scale.fill_(16.0)
     assert stamp(stages, [sgd()], 16.0) == 8.0
+
+
+def test_who_never_begins_is_unscaled_by_the_newest_scale():
+    """A loss multiplied by ``get_scale()`` by hand."""
+    stages, scale = Stages(), torch.tensor(8.0)
+    stages.keep_stamp(scale)
+    scale.fill_(16.0)
+    assert stamp(stages, [sgd()], 16.0) == 16.0
 
 
 @pytest.mark.parametrize("call", CALLS)

@@ -176,6 +176,16 @@ def test_a_rank_that_cannot_judge_makes_every_rank_skip(faulted):
     assert result.verdict.found_inf.item() == 1.0
 
 
+@pytest.mark.parametrize("faulted", [{0}, {1, 2}, {0, 1, 2}])
+def test_a_fault_of_all_ranks_is_told_from_a_fault_of_some(faulted):
+    """A mistake in the program they share is no disagreement; each raises its own error."""
+    words, _ = reduced(3, lambda r: stats(sum_squares=1e-300), faulted=faulted)
+    result = unpack(words, normed=False, size=3)
+
+    assert result.faulted.item() == (len(faulted) < 3)
+    assert result.found_inf.item() == 1.0
+
+
 def test_drift_stands_until_the_state_is_replaced_and_a_fault_does_not():
     drift, _ = reduced(2, lambda r: stats(), lambda r: call(tracker=r))
     fault, _ = reduced(2, lambda r: stats(), faulted={1})
@@ -250,7 +260,7 @@ def test_fingerprint_is_the_same_number_on_host_and_device(monkeypatch):
 
 
 @pytest.mark.parametrize("count", [0.0, 1.0, 3.0, 2.0**18, -5 * 2.0**18 + 2, math.nan])
-@pytest.mark.parametrize("squares", [0.0, 25.0, 1e77, 1e90, math.inf, math.nan])
+@pytest.mark.parametrize("squares", [0.0, -3.0, 25.0, 1e77, 1e90, math.inf, math.nan])
 @pytest.mark.parametrize("normed", [False, True])
 @pytest.mark.parametrize("before", [None, 0.0, 2.0**18])
 def test_the_message_reads_alike_on_host_and_device(count, squares, normed, before, monkeypatch):
@@ -258,9 +268,11 @@ def test_the_message_reads_alike_on_host_and_device(count, squares, normed, befo
     message = torch.tensor([count, squares], dtype=torch.float64)
     earlier = torch.tensor([before or 0.0, 0.0], dtype=torch.float64)
     previous = None if before is None else unpack(earlier, False)
-    host = unpack(message, normed, previous)
+    if squares < 0 and not math.isnan(count):
+        return  # no such message
+    host = unpack(message, normed, previous, 3)
     monkeypatch.setattr("shardscale.verdict._is_on_host", lambda tensor: False)
-    device = unpack(message, normed, previous)
+    device = unpack(message, normed, previous, 3)
 
     for mine, other in zip(host, device, strict=True):
         assert (mine.dtype, mine.shape) == (other.dtype, other.shape)
