@@ -86,7 +86,7 @@ def from_state_dict(saved: Mapping[str, Any], policy: ScalePolicy) -> Loaded:
     _require_same_kind(ours, policy)
     policy = _with_saved_numbers(policy, saved, ours.get("policy_fields", {}))
     state = policy.init(_clamped(saved["scale"], policy), "cpu")
-    tracker = torch.tensor(saved["_growth_tracker"], dtype=torch.int32)
+    tracker = torch.tensor(_as_count(saved["_growth_tracker"]), dtype=torch.int32)
     hysteresis = ours.get("hysteresis_tracker")
     if hysteresis is not None:
         state = state._replace(hysteresis_tracker=torch.tensor(hysteresis, dtype=torch.int32))
@@ -104,14 +104,14 @@ def _require_same_kind(ours: Mapping[str, Any], policy: ScalePolicy) -> None:
         raise StateError(
             f"the state dict was saved with policy {ours['policy']}, but this scaler has {kind}. "
             f"Make the scaler with policy={ours['policy']}(...), or drop the key 'shardscale' to "
-            "take over the scale alone."
+            "load it as one of torch's states."
         )
 
 
 def _with_saved_numbers(
     policy: ScalePolicy, saved: Mapping[str, Any], fields: Mapping[str, Any]
 ) -> ScalePolicy:
-    if isinstance(policy, DynamicScale):
+    if isinstance(policy, DynamicScale) and saved["growth_factor"] != 1.0:
         numbers = {
             "growth_factor": saved["growth_factor"],
             "backoff_factor": saved["backoff_factor"],
@@ -127,7 +127,7 @@ def _with_saved_numbers(
 def _clamped(scale: float, policy: ScalePolicy) -> float:
     low = getattr(policy, "min_scale", 0.0)
     high = getattr(policy, "max_scale", math.inf)
-    if not (math.isfinite(scale) and scale > 0):
+    if not (isinstance(scale, int | float) and math.isfinite(scale) and scale > 0):
         raise ConfigError(
             f"the state dict holds the scale {scale!r}, but a scale must be finite and positive."
         )
@@ -140,6 +140,15 @@ def _clamped(scale: float, policy: ScalePolicy) -> float:
             stacklevel=4,
         )
     return float(inside)
+
+
+def _as_count(tracker: object) -> int:
+    if not (isinstance(tracker, int) and 0 <= tracker < 2**31):
+        raise ConfigError(
+            f"the state dict holds the growth tracker {tracker!r}, but it must be an integer "
+            "from 0 to 2147483647."
+        )
+    return tracker
 
 
 def _fields_of(policy: Any) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import math
@@ -111,7 +112,8 @@ class ShardedGradScaler(TorchNames, torch.amp.GradScaler):  # type: ignore[overr
             self._state = self._policy.init(1.0, "cpu")
         self._is_placed = False
         # A disabled scaler clips, but has no update() to read anything late.
-        self._judge = Judge(Bond(process_group, comm, timeout_s), sync or not self._enabled)
+        bond = Bond(process_group, comm, timeout_s, is_numbered=self._enabled)
+        self._judge = Judge(bond, sync or not self._enabled)
         if model is not None:
             self.attach(model)
 
@@ -340,7 +342,8 @@ class ShardedGradScaler(TorchNames, torch.amp.GradScaler):  # type: ignore[overr
                 "step() with these optimizers first, and verdict() before update()."
             )
         if len(found) == 1:
-            return found[0][0].verdict
+            mine = found[0][0].verdict
+            return Verdict(mine.found_inf.clone(), mine.grad_norm.clone())  # the step reads its own
         found_inf = joint_found_inf([agreement for agreement, _ in found])
         return Verdict(found_inf, torch.full_like(found_inf, math.nan))
 
@@ -439,21 +442,35 @@ class ShardedGradScaler(TorchNames, torch.amp.GradScaler):  # type: ignore[overr
                 "A GradScaler instance may only be pickled at the beginning "
                 "of an iteration, or at the end after scaler.update()."
             )
-        saved: dict[str, Any] = {"device": self._device, "enabled": self._enabled}
-        saved["sync"] = self._judge.sync
-        # A group belongs to the processes that made it; the copy finds its own.
-        saved["timeout_s"] = self._judge.bond.timeout_s
+        bond = self._judge.bond
+        saved: dict[str, Any] = {
+            "arguments": {
+                "device": self._device,
+                "enabled": self._enabled,
+                "sync": self._judge.sync,
+                "timeout_s": bond.timeout_s,
+            },
+            # A group belongs to the processes that made it; the whole job can be found again.
+            "is_lost": bond.is_lost or bond.names_a_group,
+            "state_dict": self.state_dict(),
+            "attributes": {k: v for k, v in vars(self).items() if k not in _OWN_ATTRIBUTES},
+        }
         if self._enabled:
-            saved["policy"] = self._policy
-            saved["state_dict"] = self.state_dict()
+            saved["arguments"] |= {"policy": self._policy, "init_scale": self.get_scale()}
         return saved
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        saved = state.pop("state_dict", {})
-        if saved:  # the default might lie outside the range of the policy
-            state["init_scale"] = saved["scale"]
-        self.__init__(**state)  # type: ignore[misc]
-        self.load_state_dict(saved)
+        ShardedGradScaler.__init__(self, **state["arguments"])
+        self._judge.bond = self._judge.bond.twin()  # a copy is not one of those all ranks make
+        self._judge.bond.is_lost = state["is_lost"]
+        self.load_state_dict(state["state_dict"])
+        vars(self).update(state["attributes"])
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        copied = type(self).__new__(type(self))
+        copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        copied._judge.bond = self._judge.bond.twin()  # in the same process the group is still there
+        return copied
 
     def _place(self, device: torch.device | None = None) -> ScaleState:
         """The state on its device: the current one of that type at first use, then for good."""
@@ -484,6 +501,9 @@ class ShardedGradScaler(TorchNames, torch.amp.GradScaler):  # type: ignore[overr
                 f"{name} cannot be set: policy {type(self._policy).__name__} has no such number."
             )
         self._policy = dataclasses.replace(self._policy, **changes)  # type: ignore[type-var]
+
+
+_OWN_ATTRIBUTES = {"_device", "_enabled", "_policy", "_state", "_is_placed", "_judge"}
 
 
 def _is_usable(device: str) -> bool:

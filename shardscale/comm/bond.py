@@ -14,12 +14,25 @@ from shardscale.errors import ConfigError, StageError
 
 __all__ = ["Bond"]
 
-# Scalers are numbered as they are made, because all ranks must make them in the same order. Ranks
-# that are threads make theirs at the same time, so each communicator counts its own.
-_process_ordinals = itertools.count()
-_comm_ordinals: weakref.WeakKeyDictionary[Communicator, itertools.count[int]] = (
-    weakref.WeakKeyDictionary()
-)
+
+# Scalers of one group are numbered as they are made, because all its ranks must make them in the
+# same order. Copies, and disabled scalers that clip, get a number only when they first agree: one
+# rank alone may make those for its own purposes.
+class _Counters:
+    """One counter for each group."""
+
+    def __init__(self, first: int) -> None:
+        self._first = first
+        self._of: weakref.WeakKeyDictionary[object, itertools.count[int]] = (
+            weakref.WeakKeyDictionary()
+        )
+
+    def next(self, group: object) -> int:
+        return next(self._of.setdefault(group, itertools.count(self._first)))
+
+
+_made = _Counters(0)
+_copied = _Counters(2**16)
 
 
 class Bond:
@@ -32,6 +45,7 @@ class Bond:
         process_group: The agreeing group; None for the default group, whenever that comes.
         comm: A communicator instead of a process group.
         timeout_s: Seconds that a verdict may take; None for the defaults.
+        is_numbered: Whether it counts among the scalers that all ranks make alike.
 
     Raises:
         ConfigError: both are given, this rank is no member of the group, or the timeout is not a
@@ -43,6 +57,7 @@ class Bond:
         process_group: dist.ProcessGroup | None = None,
         comm: Communicator | None = None,
         timeout_s: float | None = None,
+        is_numbered: bool = True,
     ) -> None:
         if process_group is not None and comm is not None:
             raise ConfigError(
@@ -54,27 +69,54 @@ class Bond:
                 f"rank {dist.get_rank()} is not a member of the process_group given, and torch's "
                 "collectives silently do nothing there. Make the scaler only on the group's ranks."
             )
-        if timeout_s is not None and not 0.001 <= timeout_s < math.inf:
+        if timeout_s is not None and not _is_time(timeout_s):
             raise ConfigError(
                 f"timeout_s is {timeout_s!r}, but must be a number of seconds, at least 0.001."
+            )
+        if comm is not None and not isinstance(comm, Communicator):
+            raise ConfigError(
+                f"comm is a {type(comm).__name__}, but must have rank, size, all_reduce_sum_ and "
+                "all_gather_object; see shardscale.Communicator."
             )
         self._process_group = process_group
         self._comm = comm
         self.timeout_s = timeout_s
+        self.is_lost = False  # the group was given, and could not be carried along with a pickle
         self._joined: ProcessGroupComm | None = None
-        counter = (
-            _process_ordinals
-            if comm is None
-            else _comm_ordinals.setdefault(comm, itertools.count())
-        )
-        self.ordinal = next(counter)
+        self._ordinal = _made.next(self._key) if is_numbered else None
+
+    @property
+    def ordinal(self) -> int:
+        """Which of its group's scalers this is, in the order of making."""
+        if self._ordinal is None:
+            self._ordinal = _copied.next(self._key)
+        return self._ordinal
+
+    @property
+    def names_a_group(self) -> bool:
+        """Whether a communicator was given, or a group that is not the whole job."""
+        is_whole_job = self._process_group is None or self._process_group is dist.group.WORLD
+        return self._comm is not None or not is_whole_job
+
+    def twin(self) -> Bond:
+        """Another scaler's bond to the same group, in the same process."""
+        bond = Bond(self._process_group, self._comm, self.timeout_s, is_numbered=False)
+        bond.is_lost = self.is_lost
+        return bond
 
     def communicator(self) -> Communicator | None:
         """The communicator of the group, or None where this process decides alone.
 
         Raises:
-            StageError: the group in which this scaler agreed exists no more.
+            StageError: the group in which this scaler agreed exists no more, or was not carried
+                along.
         """
+        if self.is_lost:
+            raise StageError(
+                "this scaler was unpickled from one with a comm= or process_group= of its own, "
+                "which no pickle can carry. Make a new scaler with the group it is to agree in, "
+                "and load this one's state_dict into it."
+            )
         if self._comm is not None:
             return self._comm
         if self._joined is not None:
@@ -91,8 +133,13 @@ class Bond:
             )
         if group.size() == 1:
             return None
-        self._joined = ProcessGroupComm(group, self.timeout_s, str(self.ordinal))
+        self._joined = ProcessGroupComm(group, self.timeout_s)
         return self._joined
+
+    @property
+    def _key(self) -> object:
+        # The whole job has no object before it is initialised; this class stands for it.
+        return self._comm or (self._process_group if self.names_a_group else Bond)
 
     def _require_alive(self, joined: ProcessGroupComm) -> None:
         if not _is_alive(joined.group):
@@ -101,6 +148,10 @@ class Bond:
                 "has since been destroyed, and the ranks of another one would not share its "
                 "history. Make a new scaler and load this one's state_dict into it."
             )
+
+
+def _is_time(timeout_s: object) -> bool:
+    return isinstance(timeout_s, int | float) and 0.001 <= timeout_s < math.inf
 
 
 def _is_alive(group: dist.ProcessGroup) -> bool:

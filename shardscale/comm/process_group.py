@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import weakref
 from datetime import timedelta
 
 import torch
@@ -22,6 +23,9 @@ _POLL = timedelta(seconds=0.25)
 _FIRST_TIMEOUT_S = 60.0
 
 
+_roll_calls: weakref.WeakKeyDictionary[dist.ProcessGroup, RollCall] = weakref.WeakKeyDictionary()
+
+
 class ProcessGroupComm:
     """The ranks of a ``ProcessGroup``.
 
@@ -33,24 +37,18 @@ class ProcessGroupComm:
         group: The agreeing group; this rank must be a member.
         timeout_s: Seconds that a verdict may take. None: 60 for the first one, because a rank that
             never comes at all shows there; the group's own timeout for those after it.
-        name: What tells this communicator's store keys from another one's on the same group. The
-            same on all ranks.
     """
 
-    def __init__(
-        self, group: dist.ProcessGroup, timeout_s: float | None = None, name: str = "0"
-    ) -> None:
+    def __init__(self, group: dist.ProcessGroup, timeout_s: float | None = None) -> None:
         self.group = group
         self.rank = group.rank()
         self.size = group.size()
         self.timeout_s = timeout_s
         self._device = message_device(dist.get_backend_config(group))
-        self._options = dist.AllreduceOptions()
-        self._options.reduceOp = dist.ReduceOp(dist.ReduceOp.SUM)
-        self._roll_call = RollCall(
-            _get_process_group_store(group), f"shardscale/{name}", self.rank, self.size
+        # All scalers of a group share it: their verdicts come in one order on every rank.
+        self._roll_call = _roll_calls.setdefault(
+            group, RollCall(_get_process_group_store(group), "shardscale", self.rank, self.size)
         )
-        self._num_verdicts = 0
 
     def all_reduce_sum_(self, buffer: Tensor) -> None:
         """Replace ``buffer`` by its sum over the group.
@@ -63,12 +61,13 @@ class ProcessGroupComm:
         Collective: every rank of the group must call; sends 2 float64.
         Sync: none on an accelerator's transport; on a CPU transport the host waits.
         """
-        self._num_verdicts += 1
+        self._roll_call.num_verdicts += 1
         message = buffer.to(self._device)
         try:
-            work = self.group.allreduce([message], self._options)
+            timeout_s = self._timeout_of_this_verdict()
+            work = self.group.allreduce([message], _sum_within(timeout_s))
             if message.is_cpu:
-                self._wait(work)
+                self._wait(work, timeout_s)
             else:
                 work.wait()
         except RuntimeError as error:
@@ -83,31 +82,44 @@ class ProcessGroupComm:
         """
         return self._roll_call.gather(obj, self.timeout_s or _FIRST_TIMEOUT_S)
 
-    def _wait(self, work: dist.Work) -> None:
+    def _timeout_of_this_verdict(self) -> float | None:
+        if self.timeout_s is None and self._roll_call.num_verdicts == 1:
+            return _FIRST_TIMEOUT_S
+        return self.timeout_s
+
+    def _wait(self, work: dist.Work, timeout_s: float | None) -> None:
         """Wait for ``work``, give up with the others as soon as one of them has."""
-        timeout_s = self.timeout_s
-        if timeout_s is None and self._num_verdicts == 1:
-            timeout_s = _FIRST_TIMEOUT_S
         first_slice = _LATE if timeout_s is None else min(_LATE, timedelta(seconds=timeout_s))
         if _is_done(work, first_slice):
             return
         deadline = time.monotonic() - first_slice.total_seconds() + (timeout_s or math.inf)
         while time.monotonic() < deadline:
-            if self._roll_call.is_alarmed(self._num_verdicts):
-                raise RuntimeError("another rank gave up")
+            if self._roll_call.is_alarmed():
+                raise RuntimeError("another rank gave up, or the store is silent")
             if _is_done(work, _POLL):
                 return
         raise RuntimeError(f"not complete after {timeout_s:g} s")
 
     def _explain(self, error: RuntimeError) -> str:
-        what = f"rank {self.rank} of {self.size}: verdict {self._num_verdicts} did not complete"
+        num = self._roll_call.num_verdicts
+        what = f"rank {self.rank} of {self.size}: verdict {num} did not complete"
         hint = ""
-        if self._num_verdicts == 1:
+        if num == 1:
             hint = (
                 " It was the first verdict: if some ranks never train, name the group of those that"
                 " do with process_group=."
             )
-        return f"{what} ({error}). {self._roll_call.report(self._num_verdicts)}{hint}"
+        return f"{what} ({error}). {self._roll_call.report()}{hint}"
+
+
+def _sum_within(timeout_s: float | None) -> dist.AllreduceOptions:
+    options = dist.AllreduceOptions()
+    options.reduceOp = dist.ReduceOp(dist.ReduceOp.SUM)
+    if timeout_s is not None:
+        # The transport must give up, too: a sum left pending would complete for a rank that comes
+        # late, when the others have raised, and keep their processes from ending.
+        options.timeout = timedelta(seconds=timeout_s)
+    return options
 
 
 def _is_done(work: dist.Work, patience: timedelta) -> bool:

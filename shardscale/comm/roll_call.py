@@ -42,13 +42,14 @@ class RollCall:
         self._rank = rank
         self._size = size
         self._num_gathers = 0
+        self.num_verdicts = 0
 
-    def is_alarmed(self, verdict: int) -> bool:
-        """Whether a rank has given up on this verdict, or on an earlier one that it read first.
+    def is_alarmed(self) -> bool:
+        """Whether a rank has given up on the current verdict, or on one before that it read first.
 
         A store that is silent counts as yes.
         """
-        keys = [f"{self._prefix}/alarm/{verdict}", self._gathering(self._num_gathers + 1)]
+        keys = [f"{self._prefix}/alarm/{self.num_verdicts}", self._gathering(self._num_gathers + 1)]
         try:
             return self._ask(
                 lambda: any(self._store.check([key]) for key in keys), _STORE_PATIENCE_S
@@ -56,12 +57,13 @@ class RollCall:
         except _StoreSilentError:
             return True
 
-    def report(self, verdict: int) -> str:
-        """Say that this rank was at ``verdict``, and tell in a sentence who was not.
+    def report(self) -> str:
+        """Say that this rank is at the current verdict, and tell in a sentence who is not.
 
         Every rank that waits for the same verdict sees the alarm and reports too, so after a short
         grace those that did not are the ones that never came.
         """
+        verdict = self.num_verdicts
         try:
             came = self._ask(lambda: self._call_roll(verdict), _GRACE_S + _STORE_PATIENCE_S)
         except _StoreSilentError as error:

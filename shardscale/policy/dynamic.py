@@ -65,6 +65,11 @@ class DynamicScale:
     max_scale: float = LARGEST_SCALE
 
     def __post_init__(self) -> None:
+        for name in ("growth_factor", "backoff_factor"):
+            value = getattr(self, name)
+            _require(isinstance(value, int | float), f"{name} is {value!r}, but must be a number.")
+            # All ranks compare the repr: 2, 2.0 and a NumPy 2.0 are one number.
+            object.__setattr__(self, name, float(value))
         _require(
             1 < self.growth_factor < math.inf,
             f"growth_factor is {self.growth_factor!r}, but must be a finite number greater than 1. "

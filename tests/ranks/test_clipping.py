@@ -77,6 +77,7 @@ def clipped_reference(num_batches, max_norm, optimizer_name):
 
 @pytest.mark.parametrize(("name", "size"), EVERY_LAYOUT)
 def test_the_norm_is_that_of_one_process_holding_the_whole_model(ranks, name, size):
+    """Contract 45: see the name."""
     results = ranks.run(clip, size, name=name)
     bits = {key: norm.item() for key, (norm, _, _) in results[0][0].items()}
     for found, num_batches in results:
@@ -112,6 +113,7 @@ def clip_with_experts(rank, size):
 
 
 def test_the_norm_counts_what_is_shared_once_and_each_expert(ranks):
+    """Contract 45: see the name."""
     found = ranks.run(clip_with_experts, 4)
     expected = math.sqrt(found[0][1] + sum(own for _, _, own in found))
     assert len({own for _, _, own in found}) == 4
@@ -135,7 +137,7 @@ def clip_declared_copies(rank, size, declare):
 
 @pytest.mark.parametrize("declare", ["ranks", "group"])
 def test_the_norm_counts_declared_copies_once(ranks, declare):
-    """4 ones, 4 twos, and 7 twos: each once."""
+    """Contract 45: 4 ones, 4 twos, and 7 twos: each once."""
     norm = math.sqrt(4 + 16 + 28)
     for found in ranks.run(clip_declared_copies, 4, declare=declare):
         assert found == pytest.approx(norm, rel=ROUNDING)

@@ -116,7 +116,7 @@ def assert_told(error, kinds, message, drift, odd_ranks):
 def test_where_the_host_reads_the_verdict_all_ranks_raise_at_that_step(
     ranks, size, odd_ranks, fused
 ):
-    """Not fused: the host decides, so it reads. Fused with ``sync=True`` reads too."""
+    """Contract 46: not fused: the host decides, so it reads. Fused with ``sync=True`` reads too."""
     options = {"fused": fused, "sync": fused}
     for found in ranks.run(drift_in_every_way, size, odd_ranks=odd_ranks, **options):
         assert found.keys() == DRIFTS.keys()
@@ -130,7 +130,9 @@ def test_where_the_host_reads_the_verdict_all_ranks_raise_at_that_step(
 
 @pytest.mark.parametrize(("size", "odd_ranks"), ODD_RANKS[2:4])
 def test_where_it_does_not_all_raise_at_the_next_update_and_nothing_moved(ranks, size, odd_ranks):
-    """Fused: the host goes on and reads one iteration later; the flag on the device has stopped the
+    """Contract 46: as the name says.
+
+    Fused: the host goes on and reads one iteration later; the flag on the device has stopped the
     step."""
     for found in ranks.run(drift_in_every_way, size, odd_ranks=odd_ranks, fused=True, sync=False):
         for drift, history in found.items():

@@ -61,7 +61,10 @@ def count_iterations(rank, size, name):
 
 @pytest.mark.parametrize(("name", "size"), [*((name, 2) for name in LAYOUTS), *MESH_LAYOUTS])
 def test_one_collective_a_call_in_every_layout(ranks, name, size):
-    """Flag, norm and drift check together. Only at `update` may a skip gather culprits."""
+    """Contract 44: as the name says.
+
+    Flag, norm and drift check together. Only at `update` may a skip gather culprits.
+    """
     for found in ranks.run(count_iterations, size, name=name, store="counting"):
         for (fused, calls, goodness), counts in found.items():
             expected = [(what, num, []) for what, num in CALLS[calls]]
@@ -91,6 +94,7 @@ def count_for_a_mix(rank, size):
 
 
 def test_one_collective_for_several_optimizers_dtypes_meshes_and_plain_tensors(ranks):
+    """Contract 44: see the name."""
     assert ranks.run(count_for_a_mix, 4) == [(1, [4])] * 4
 
 

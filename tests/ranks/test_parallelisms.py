@@ -204,6 +204,7 @@ def train_three_of_four(rank, size, named):
 
 
 def test_a_named_group_agrees_without_the_ranks_outside(ranks):
+    """Contract 42: see the name."""
     found = ranks.run(train_three_of_four, 4, named=True)
     assert found == [(None, [1.0] * 3, SCALE / 2)] * 3 + [None]
 

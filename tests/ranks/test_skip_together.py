@@ -147,7 +147,9 @@ def all_the_ways(rank, size, name):
 @pytest.mark.parametrize("size", [2, 3, 4])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_all_ranks_skip_when_any_overflows(ranks, size, name):
-    """To the bit: nothing moves on the bad step, and all the good ones are as if it had never been.
+    """Contract 40: as the name says.
+
+    To the bit: nothing moves on the bad step, and all the good ones are as if it had never been.
 
     The scale is a power of two, so scaling and unscaling a float32 is exact.
     """
@@ -218,6 +220,7 @@ def legacy_steps(rank, size):
 
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_optimizers_that_ask_the_scaler_themselves_skip_together(ranks, size):
+    """Contract 40: see the name."""
     expected = [(False, True, 1024.0, True), (True, True, 512.0, True), (False, True, 512.0, True)]
     assert ranks.run(legacy_steps, size) == [expected] * size
 
@@ -291,6 +294,7 @@ def some_have_none(rank, size, bad):
 
 @pytest.mark.parametrize("bad", [False, True])
 def test_ranks_with_nothing_to_judge_join_and_agree(ranks, bad):
+    """Contract 43: see the name."""
     scales = [4.0, 2.0, 2.0] if bad else [4.0] * 3
     idle = [(True, scale) for scale in scales]
     working = [(bad and step == 1, scale) for step, scale in enumerate(scales)]

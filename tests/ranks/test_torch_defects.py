@@ -191,6 +191,7 @@ def step_on_meshes_of_two_shapes(rank, size, scaler_class, wide_first):
 
 @on(torch.amp.GradScaler)
 def test_f3_all_agree_if_the_first_gradient_lives_on_fewer_ranks(ranks, scaler_class):
+    """Contract 41: see the name."""
     judge(
         ranks.run(step_on_meshes_of_two_shapes, 4, scaler_class=scaler_class, wide_first=False),
         right=[True] * 4,
@@ -265,6 +266,7 @@ def step_plain_and_dtensor(rank, size, scaler_class):
 
 @on(torch.amp.GradScaler)
 def test_f5_plain_and_dtensor_gradients_share_an_optimizer(ranks, scaler_class):
+    """Contract 41: see the name."""
     judge(
         ranks.run(step_plain_and_dtensor, 2, scaler_class=scaler_class),
         right=[("", [0.5, 0.5])] * 2,
@@ -290,6 +292,7 @@ def step_pipeline_with_inf_in_the_last_stage(rank, size, scaler_class):
 
 @on(torch.amp.GradScaler)
 def test_f6_pipeline_stages_keep_one_scale(ranks, scaler_class):
+    """Contract 42: see the name."""
     judge(
         ranks.run(step_pipeline_with_inf_in_the_last_stage, 4, scaler_class=scaler_class),
         right=[(True, 4.0)] * 4,
@@ -324,6 +327,7 @@ def _one_asserts_and_the_other_waits_in_vain(found):
 
 @on(torch.amp.GradScaler)
 def test_f7_a_rank_without_gradients_takes_part(ranks, scaler_class):
+    """Contract 43: see the name."""
     judge(
         ranks.run(
             step_without_gradients_on_rank_1, 2, scaler_class=scaler_class, group_timeout_s=2.0
