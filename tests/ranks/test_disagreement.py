@@ -256,7 +256,7 @@ def test_a_rank_without_a_loss_that_begins_unscales_as_the_others(ranks):
 
 def test_a_rank_without_a_loss_that_forgets_to_begin_is_a_disagreement(ranks):
     """Never a silent factor of two."""
-    expected = [(None, 0.75), (None, 0.75), (None, 0.5), ("DisagreementError", 0.75)]
+    expected = [(None, 0.75), ("DisagreementError", 1.0)]
     assert ranks.run(last_rank_sees_no_loss, 3, begins=False) == [expected] * 3
 
 
