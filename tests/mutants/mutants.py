@@ -23,7 +23,11 @@ _SKIP = "tests/ranks/test_skip_together.py"
 _TORCH = "tests/ranks/test_torch_defects.py"
 _STATE = "tests/unit/test_round_trip.py"
 _JOIN = "tests/ranks/test_join_then_raise.py"
-_LAYOUTS = "tests/ranks/test_parallelisms.py"
+_CLIP = "tests/ranks/test_clipping.py"
+_JOB = "tests/conformance/test_whole_job_in_threads.py"
+_SHARDS = "tests/unit/test_shards.py"
+_STAGES = "tests/unit/test_stages.py"
+_POLICY = "tests/unit/test_policy.py"
 
 MUTANTS = [
     Mutant(
@@ -31,7 +35,7 @@ MUTANTS = [
         "shardscale/verdict.py",
         """\
     comm.all_reduce_sum_(message)
-    return unpack(message, stats.sum_squares is not None, previous)
+    return unpack(message, stats.sum_squares is not None, previous, comm.size)
 """,
         """\
     return alone(stats, previous)
@@ -142,7 +146,7 @@ MUTANTS = [
         "    return factor.float()\n",
         (
             f"{_VERDICT}::test_a_norm_that_is_not_finite_counts_as_found_and_comes_back_as_it_is[inf]",
-            f"{_LAYOUTS}::test_a_norm_that_is_not_finite_is_returned_and_clips_nothing[inf-FSDP2]",
+            f"{_CLIP}::test_a_norm_that_is_not_finite_is_returned_and_clips_nothing[inf-FSDP2]",
         ),
     ),
     Mutant(
@@ -208,7 +212,7 @@ MUTANTS = [
         """\
             if True:
                 inv_scale = kernels""",
-        (f"{_LAYOUTS}::test_the_norm_is_that_of_one_process_holding_the_whole_model[DDP-2]",),
+        (f"{_CLIP}::test_the_norm_is_that_of_one_process_holding_the_whole_model[DDP-2]",),
     ),
     Mutant(
         "a rank without an optimizer does not join",
@@ -216,5 +220,75 @@ MUTANTS = [
         "        if self.num_unused_empty == 0:\n            return True\n",
         "        if self.num_unused_empty == 0:\n            return False\n",
         (f"{_SKIP}::test_ranks_with_nothing_to_judge_join_and_agree[True]",),
+    ),
+    Mutant(
+        "a call tells apart gradients, not parameters",
+        "shardscale/shards.py",
+        """\
+    ids = set(map(id, params))
+    if len(ids) < len(params) or not ids.isdisjoint(seen):
+        params = list({id(p): p for p in params if id(p) not in seen}.values())
+""",
+        """\
+    ids = {id(p.grad) for p in params if p.grad is not None}
+    params = list({id(p): p for p in params if id(p.grad) not in seen}.values())
+""",
+        (f"{_SHARDS}::test_a_replaced_sparse_gradient_does_not_lend_its_id_to_another",),
+    ),
+    Mutant(
+        "step reads only its own optimizers' verdicts",
+        "shardscale/obey.py",
+        "            self._judge.read_all()\n",
+        "",
+        (f"{_JOB}::test_trouble_in_one_call_stops_the_optimizer_of_another[layout-loop_sgd]",),
+    ),
+    Mutant(
+        "a fused step knows only its own optimizers' verdicts",
+        "shardscale/obey.py",
+        "if all(agreement is not own for own, _ in found):",
+        "if False:",
+        (f"{_JOB}::test_trouble_in_one_call_stops_the_optimizer_of_another[layout-fused_sgd]",),
+    ),
+    Mutant(
+        "a mistake of all ranks is taken for a mistake of some",
+        "shardscale/verdict.py",
+        "faulted = stopped and sum_squares != -(size or math.inf)",
+        "faulted = stopped",
+        (f"{_JOB}::test_a_mistake_that_all_ranks_share_leaves_their_earlier_verdicts_standing",),
+    ),
+    Mutant(
+        "a disabled scaler does not read its verdicts",
+        "shardscale/scaler.py",
+        "Judge(bond, sync or not self._enabled)",
+        "Judge(bond, sync)",
+        (f"{_JOB}::test_a_disabled_scaler_that_clips_raises_where_the_ranks_disagree",),
+    ),
+    Mutant(
+        "only the last late verdict is told of",
+        "shardscale/ledger.py",
+        "for u in self._unread.values()]",
+        "for u in list(self._unread.values())[-1:]]",
+        (f"{_JOB}::test_the_late_error_names_the_verdict_that_drifted_whichever_it_was[first]",),
+    ),
+    Mutant(
+        "a copy decides alone",
+        "shardscale/scaler.py",
+        "        copied._judge.bond = self._judge.bond.twin()",
+        "        copied._judge.bond = Bond()",
+        (f"{_JOB}::test_a_copy_in_the_same_process_agrees_in_the_same_group",),
+    ),
+    Mutant(
+        "a flag has torch's default dtype",
+        "shardscale/kernels/foreach.py",
+        "return torch.zeros((), dtype=torch.float32, device=device)",
+        "return torch.zeros((), device=device)",
+        (f"{_JOB}::test_the_default_dtype_does_not_matter",),
+    ),
+    Mutant(
+        "who never begins is unscaled by the first scale",
+        "shardscale/stages.py",
+        "if self._stamp is None and self._has_begun:",
+        "if self._stamp is None:",
+        (f"{_STAGES}::test_who_never_begins_is_unscaled_by_the_newest_scale",),
     ),
 ]
