@@ -96,6 +96,8 @@ class ShardedGradScaler(TorchNames, torch.amp.GradScaler):  # type: ignore[overr
     ) -> None:
         self._device = device
         self._enabled = enabled and _is_usable(device)
+        if self._enabled:
+            _require_device_type(device)
         numbers = (growth_factor, backoff_factor, growth_interval)
         if policy is not None and numbers != (2.0, 0.5, 2000):
             raise ConfigError(
@@ -220,7 +222,8 @@ class ShardedGradScaler(TorchNames, torch.amp.GradScaler):  # type: ignore[overr
 
         Returns:
             The norm before clipping, () float32, the same bits on every rank. Finite gradients give
-            a finite norm; one that is not finite counts as found.
+            a finite norm; one that is not finite counts as found. A finite norm is no promise of a
+            step: of several copies it counts one, while the verdict judges all.
 
         Raises:
             ConfigError: ``max_norm`` is negative or NaN.
@@ -511,10 +514,20 @@ def _is_usable(device: str) -> bool:
         return True
     warnings.warn(
         "torch.cuda.amp.GradScaler is enabled, but CUDA is not available.  Disabling. "
-        'For training on the CPU pass device="cpu".',
+        'A disabled scaler neither scales nor agrees. For training on the CPU pass device="cpu".',
         stacklevel=3,
     )
     return False
+
+
+def _require_device_type(device: str) -> None:
+    try:
+        torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ConfigError(
+            f"device is {device!r}, but must be a type of device that torch knows, such as "
+            '"cuda" or "cpu".'
+        ) from error
 
 
 def _as_number(new_scale: float | Tensor) -> float:

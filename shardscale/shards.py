@@ -16,7 +16,6 @@ from shardscale.errors import LayoutError
 
 __all__ = ["LocalShards", "local_shards", "params_of"]
 
-_LAYOUT = attrgetter("layout")
 _DTYPE = attrgetter("dtype")
 _REAL_DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 _DTYPES = _REAL_DTYPES | {torch.complex64, torch.complex128}
@@ -59,17 +58,20 @@ def local_shards(
         params = list({id(p): p for p in params if id(p) not in seen}.values())
     seen |= ids
     grads: list[Any] = [p.grad for p in params]
-    if NoneType in set(map(type, grads)):
+    kinds = set(map(type, grads))
+    if NoneType in kinds:
+        kinds.remove(NoneType)
         params = [p for p, g in zip(params, grads, strict=True) if g is not None]
         grads = [g for g in grads if g is not None]
     if len(set(map(id, grads))) < len(grads):  # parameters that share one gradient
         once = {id(g): (p, g) for p, g in zip(params, grads, strict=True)}
         params, grads = [p for p, _ in once.values()], [g for _, g in once.values()]
-    if set(map(type, grads)) == {DTensor}:
+    if kinds == {DTensor}:
         for p, g in zip(params, grads, strict=True):
             _require_same_placements(p, g, name_of)
         grads = [g._local_tensor for g in grads]
-    if not _are_all_plain(grads):
+        kinds = set(map(type, grads))
+    if not (kinds <= {Tensor} and _are_plain(grads)):
         grads = [_local(p, g, name_of, coalesced) for p, g in zip(params, grads, strict=True)]
     return LocalShards(params, grads)
 
@@ -79,13 +81,13 @@ def params_of(optimizer: Any) -> Iterator[Tensor]:
     return chain.from_iterable(group["params"] for group in optimizer.param_groups)
 
 
-def _are_all_plain(grads: list[Tensor]) -> bool:
-    return (
-        set(map(type, grads)) <= {Tensor}
-        and set(map(_LAYOUT, grads)) <= {torch.strided}
-        and set(map(_DTYPE, grads)) <= _REAL_DTYPES
-        and all(map(Tensor.is_contiguous, grads))
-    )
+def _are_plain(grads: list[Tensor]) -> bool:
+    if not set(map(_DTYPE, grads)) <= _REAL_DTYPES:
+        return False
+    try:
+        return all(map(Tensor.is_contiguous, grads))
+    except RuntimeError:  # a sparse one, which has no such thing
+        return False
 
 
 def _local(

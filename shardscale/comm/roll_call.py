@@ -79,6 +79,9 @@ class RollCall:
         sentences = []
         if missing:
             sentences.append(f"Did not come: {_ranks(missing)}. Came: {here}.")
+            sentences.append(
+                "Every rank must make every call of the scaler; if one is slow, raise timeout_s."
+            )
         if elsewhere:
             others = ", ".join(f"rank {rank} was at verdict {at}" for rank, at in elsewhere.items())
             sentences.append(f"The ranks do not make the same calls: {others}.")

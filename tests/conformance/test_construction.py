@@ -288,16 +288,22 @@ def test_a_resumed_scaler_steps_by_the_loaded_scale_before_any_scale_call():
 
 
 def test_until_its_first_use_no_device_is_touched():
-    """Contract 5: no machine has such a device, and all of this works."""
+    """Contract 5: this machine has no such device, and all of this works."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        scaler = ShardedGradScaler("unheard_of", init_scale=4.0)
+        scaler = ShardedGradScaler("xpu", init_scale=4.0)
     assert scaler._scale is None and scaler._growth_tracker is None
     assert scaler.get_scale() == 4.0
     scaler.load_state_dict(ShardedGradScaler("cpu", init_scale=32.0).state_dict())
     assert scaler.state_dict()["scale"] == 32.0
-    with pytest.raises(RuntimeError, match="unheard_of"):
+    with pytest.raises((RuntimeError, AssertionError), match="(?i)xpu"):
         scaler.begin()
+
+
+def test_a_type_of_device_that_torch_does_not_know_is_refused():
+    """Contract 2: not at the first use, which may be far from the mistake."""
+    with pytest.raises(ConfigError, match="'gpu'"):
+        ShardedGradScaler("gpu")
 
 
 def test_the_state_is_placed_at_first_use_and_stays():
