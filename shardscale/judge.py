@@ -86,9 +86,7 @@ class Judge:
         if comm is None:
             if fault is not None:
                 raise fault
-            agreement = verdict.alone(
-                stats
-            )  # its bits are not the group's, should there ever be one
+            agreement = verdict.alone(stats)  # not kept: a group made later has not seen its bits
         else:
             agreement = self._agree(stats, call, comm, fault)
             self._previous = agreement
@@ -255,11 +253,11 @@ class Judge:
         """Let the others know what this rank is about to raise, unless all raise alike."""
         agreement, call, fault = unread
         assert fault is not None
-        _, _, is_ours_alone = agreement.flags.tolist()
-        if is_ours_alone or not isinstance(fault, StageError):
+        _, _, others_differ = agreement.flags.tolist()
+        if others_differ or not isinstance(fault, StageError):
             # The others took this as a bad verdict of the iteration, so this rank must, too.
             self.stages.empty.append((agreement, call))
-        if not is_ours_alone:
+        if not others_differ:
             self.ledger.read(agreement)
             return
         is_late = bool(question.optimizers) and all(map(is_fused, question.optimizers))
