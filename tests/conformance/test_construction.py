@@ -296,7 +296,7 @@ def test_until_its_first_use_no_device_is_touched():
     assert scaler.get_scale() == 4.0
     scaler.load_state_dict(ShardedGradScaler("cpu", init_scale=32.0).state_dict())
     assert scaler.state_dict()["scale"] == 32.0
-    with pytest.raises((RuntimeError, AssertionError), match="(?i)xpu"):
+    with pytest.raises((RuntimeError, AssertionError), match=r"(?i)xpu"):
         scaler.begin()
 
 
