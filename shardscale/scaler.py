@@ -6,7 +6,6 @@ import copy
 import dataclasses
 import functools
 import math
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from shardscale.arguments import as_number, is_usable, require_device_type
 from shardscale.checkpoint import from_state_dict, to_state_dict
 from shardscale.comm import Bond, Communicator, Solo
 from shardscale.errors import ConfigError, StageError, StateError
@@ -95,9 +95,9 @@ class ShardedGradScaler(TorchNames, torch.amp.GradScaler):  # type: ignore[overr
         sync: bool = False,
     ) -> None:
         self._device = device
-        self._enabled = enabled and _is_usable(device)
+        self._enabled = enabled and is_usable(device)
         if self._enabled:
-            _require_device_type(device)
+            require_device_type(device)
         numbers = (growth_factor, backoff_factor, growth_interval)
         if policy is not None and numbers != (2.0, 0.5, 2000):
             raise ConfigError(
@@ -313,7 +313,7 @@ class ShardedGradScaler(TorchNames, torch.amp.GradScaler):  # type: ignore[overr
             found_inf = joint_found_inf([agreement for agreement, _ in agreements])
             after = self._policy.next_state(state, found_inf.to(state.scale.device))
         else:
-            chosen = self._policy.init(_as_number(new_scale), state.scale.device)
+            chosen = self._policy.init(as_number(new_scale), state.scale.device)
             after = state._replace(scale=chosen.scale)
         stages.keep_stamp(state.scale)
         ledger.turn(self._judge.num_updates, state.scale, after.scale, agreements, floor)
@@ -507,38 +507,3 @@ class ShardedGradScaler(TorchNames, torch.amp.GradScaler):  # type: ignore[overr
 
 
 _OWN_ATTRIBUTES = {"_device", "_enabled", "_policy", "_state", "_is_placed", "_judge"}
-
-
-def _is_usable(device: str) -> bool:
-    if device != "cuda" or not torch.cuda.amp.common.amp_definitely_not_available():
-        return True
-    warnings.warn(
-        "torch.cuda.amp.GradScaler is enabled, but CUDA is not available.  Disabling. "
-        'A disabled scaler neither scales nor agrees. For training on the CPU pass device="cpu".',
-        stacklevel=3,
-    )
-    return False
-
-
-def _require_device_type(device: str) -> None:
-    try:
-        torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise ConfigError(
-            f"device is {device!r}, but must be a type of device that torch knows, such as "
-            '"cuda" or "cpu".'
-        ) from error
-
-
-def _as_number(new_scale: float | Tensor) -> float:
-    if isinstance(new_scale, Tensor):
-        if new_scale.numel() != 1 or new_scale.requires_grad:
-            raise ConfigError(
-                "new_scale should be a float or a 1-element torch.cuda.FloatTensor or "
-                "torch.FloatTensor with requires_grad=False; "
-                f"found shape {tuple(new_scale.shape)}, requires_grad={new_scale.requires_grad}."
-            )
-        return float(new_scale.item())
-    if isinstance(new_scale, bool) or not isinstance(new_scale, int | float):
-        raise ConfigError(f"new_scale is {new_scale!r}, but must be a number or a tensor of one.")
-    return float(new_scale)

@@ -23,6 +23,7 @@ FLOORS = {
     "kernels": 1,
     "comm": 1,
     "metrics": 1,
+    "arguments": 2,
     "outputs": 2,
     "fused": 2,
     "shards": 2,

@@ -1,0 +1,60 @@
+"""What the scaler's arguments may be."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor
+
+from shardscale.errors import ConfigError
+
+__all__ = ["as_number", "is_usable", "require_device_type"]
+
+
+def is_usable(device: str) -> bool:
+    """Whether a scaler for ``device`` can be enabled; warns as torch does if it cannot."""
+    if device != "cuda" or not torch.cuda.amp.common.amp_definitely_not_available():
+        return True
+    warnings.warn(
+        "torch.cuda.amp.GradScaler is enabled, but CUDA is not available.  Disabling. "
+        'A disabled scaler neither scales nor agrees. For training on the CPU pass device="cpu".',
+        stacklevel=3,
+    )
+    return False
+
+
+def require_device_type(device: str) -> None:
+    """Refuse a type of device that torch does not know.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    try:
+        torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ConfigError(
+            f"device is {device!r}, but must be a type of device that torch knows, such as "
+            '"cuda" or "cpu".'
+        ) from error
+
+
+def as_number(new_scale: float | Tensor) -> float:
+    """The new scale as a Python number, from a number or a tensor of one element.
+
+    Raises:
+        ConfigError: it is neither.
+
+    Sync: reads a tensor.
+    """
+    if isinstance(new_scale, Tensor):
+        if new_scale.numel() != 1 or new_scale.requires_grad:
+            raise ConfigError(
+                "new_scale should be a float or a 1-element torch.cuda.FloatTensor or "
+                "torch.FloatTensor with requires_grad=False; "
+                f"found shape {tuple(new_scale.shape)}, requires_grad={new_scale.requires_grad}."
+            )
+        return float(new_scale.item())
+    if isinstance(new_scale, bool) or not isinstance(new_scale, int | float):
+        raise ConfigError(f"new_scale is {new_scale!r}, but must be a number or a tensor of one.")
+    return float(new_scale)
