@@ -158,9 +158,10 @@ class Judge:
 
         Collective: only where the ranks disagree.
         """
-        for unread in self.ledger.open(floor):
-            error = self._disagreement(unread)
-            raise unread.fault or error
+        disagreed = self.ledger.open(floor)
+        if disagreed:
+            error = self._disagreement(disagreed[0])  # entered by a faulted rank, too
+            raise disagreed[0].fault or error
 
     def settle(self) -> None:
         """Forget an iteration that no update will close."""
@@ -244,7 +245,7 @@ class Judge:
         for optimizer, has_some in zip(question.optimizers, has_grads, strict=True):
             entry = self.stages.of(optimizer)
             entry.agreement, entry.call, entry.has_grads = agreement, call, has_some
-            if not (question.leaves_scaled(optimizer)):
+            if not question.leaves_scaled(optimizer):
                 entry.is_unscaled = True
             if question.method != "step":
                 entry.stage = OptState.UNSCALED

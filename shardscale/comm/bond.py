@@ -15,9 +15,6 @@ from shardscale.errors import ConfigError, StageError
 __all__ = ["Bond"]
 
 
-# Scalers of one group are numbered as they are made, because all its ranks must make them in the
-# same order. Copies, and disabled scalers that clip, get a number only when they first agree: one
-# rank alone may make those for its own purposes.
 class _Counters:
     """One counter for each group."""
 
@@ -31,6 +28,9 @@ class _Counters:
         return next(self._of.setdefault(group, itertools.count(self._first)))
 
 
+# Scalers of one group are numbered as they are made, because all its ranks must make them in the
+# same order. Copies, and disabled scalers that clip, get a number only when they first agree: one
+# rank alone may make those for its own purposes.
 _made = _Counters(0)
 _copied = _Counters(2**16)
 

@@ -194,7 +194,7 @@ MUTANTS = [
         "step unscales what unscale_ has unscaled",
         "shardscale/judge.py",
         """\
-            if not (question.leaves_scaled(optimizer)):
+            if not question.leaves_scaled(optimizer):
                 entry.is_unscaled = True
 """,
         """\
