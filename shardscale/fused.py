@@ -49,7 +49,13 @@ def step_fused(
     if grad_scale is not None and own is not None:
         grad_scale = grad_scale * own
     without_momentum = _params_without_momentum(optimizer)
-    optimizer.grad_scale = own if grad_scale is None else grad_scale
+    grad_scale = own if grad_scale is None else grad_scale
+    if not found_inf.is_cpu and any(p.is_cpu for g in optimizer.param_groups for p in g["params"]):
+        # torch's fused step sends them to its parameters' device without blocking, and the kernel
+        # for the CPU would read memory that has not arrived.
+        found_inf = found_inf.to("cpu")
+        grad_scale = None if grad_scale is None else grad_scale.to("cpu")
+    optimizer.grad_scale = grad_scale
     optimizer.found_inf = found_inf
     try:
         returned = optimizer.step(*args, **kwargs)

@@ -47,12 +47,12 @@ def times_scale(output: Tensor, scale: Tensor) -> Tensor:
         output: Any shape and floating dtype.
         scale: () float32, on any device.
     """
-    return _wide(output) * scale.to(output.device, non_blocking=True)
+    return _wide(output) * scale.to(output.device, non_blocking=not output.is_cpu)
 
 
 def scale_gradient(loss: Tensor, scale: Tensor) -> Tensor:
     """``loss`` with its value unchanged and its gradient multiplied by ``scale``, () float32."""
-    scaled: Tensor = _ScaleGradient.apply(_wide(loss), scale)  # type: ignore[no-untyped-call]
+    scaled: Tensor = _ScaleGradient.apply(loss, scale)  # type: ignore[no-untyped-call]
     return scaled
 
 
@@ -63,7 +63,7 @@ class _ScaleGradient(torch.autograd.Function):
     def forward(ctx: Any, loss: Tensor, scale: Tensor) -> Tensor:
         # update() may change the scale in place before the backward pass comes by.
         ctx.scale = scale.to(loss.device, copy=True)
-        return loss.view_as(loss)
+        return loss.clone()  # not a view: schedules that split the backward pass detach it in place
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:

@@ -10,6 +10,7 @@ from typing import cast
 
 import torch
 from torch import Tensor
+from torch._utils import _flatten_dense_tensors
 from torch.utils._foreach_utils import _group_tensors_by_device_and_dtype
 
 __all__ = ["check_", "scale_", "unscale_"]
@@ -17,7 +18,6 @@ __all__ = ["check_", "scale_", "unscale_"]
 # Elements squared at a time on the CPU: a quarter of a megabyte of float64, which stays in the
 # cache, and no more than torch works on without waking its other threads.
 _CHUNK = 2**15
-_SAFE_NORM = 1e12
 _IS_CPU = attrgetter("is_cpu")
 _DTYPE = attrgetter("dtype")
 
@@ -43,7 +43,7 @@ def unscale_(
     _refuse_useless(inv_scale, found_inf)
     for device, dtype, group in _groups(grads):
         flag = found_inf if device == found_inf.device else _zero_flag(device)
-        factor = inv_scale.to(device, non_blocking=True)
+        factor = inv_scale.to(device, non_blocking=device.type != "cpu")
         if _amp_op_knows(device, dtype):
             _amp_op_(group, flag, factor)
             # On the host one look saves the pass that judges the product; a device is not asked.
@@ -71,7 +71,7 @@ def check_(grads: Sequence[Tensor], inv_scale: Tensor, found_inf: Tensor) -> Non
     _refuse_useless(inv_scale, found_inf)
     for device, _, group in _groups(grads):
         flag = found_inf if device == found_inf.device else _zero_flag(device)
-        factor = inv_scale.to(device, non_blocking=True)
+        factor = inv_scale.to(device, non_blocking=device.type != "cpu")
         if device.type == "cpu" and factor.item() <= 1:
             _amp_op_(group, flag, torch.ones_like(factor))  # times one: only NaN payloads change
         else:
@@ -88,7 +88,7 @@ def scale_(grads: Sequence[Tensor], factor: Tensor) -> None:
     if factor.is_cpu and factor.item() == 1:
         return
     for device, dtype, group in _groups(grads):
-        local = factor.to(device, non_blocking=True)
+        local = factor.to(device, non_blocking=device.type != "cpu")
         if _amp_op_knows(device, dtype):
             _amp_op_(group, _zero_flag(device), local)
         else:
@@ -161,25 +161,26 @@ def _sum_squares(group: list[Tensor]) -> Tensor:
 
 
 def _sum_squares_on_host(group: list[Tensor]) -> Tensor:
-    pieces = list(chain.from_iterable(map(_pieces, group)))
-    short = [p for p in pieces if _is_precise(p)]
     total = torch.zeros((), dtype=torch.float64, device="cpu")
-    if short:
-        norms = torch.stack(torch._foreach_norm(short)).double()
-        # float32 squares of large values overflow and those of small ones vanish.
-        safe = (norms > 1 / _SAFE_NORM) & (norms < _SAFE_NORM)
-        total += torch.where(safe, norms, 0.0).square().sum()
-        pieces = [short[i] for i in (~safe).nonzero().flatten().tolist()] + [
-            p for p in pieces if not _is_precise(p)
-        ]
-    for piece in pieces:  # float64 holds the square of every float32
-        total += torch.linalg.vector_norm(piece.double()).square()
+    for batch in _batches(group):
+        flat = batch[0].flatten() if len(batch) == 1 else _flatten_dense_tensors(batch)
+        # float64 holds the square of every float32, and its sums are exact enough for any number.
+        total += torch.linalg.vector_norm(flat.double()).square()
     return total
 
 
-def _is_precise(piece: Tensor) -> bool:
-    # In float32 torch's norm of 2^15 equal numbers is off by 2e-5, of 2^10 by 1e-6.
-    return piece.dtype == torch.float32 and piece.numel() <= 2**10
+def _batches(group: list[Tensor]) -> Iterator[list[Tensor]]:
+    """All elements of all gradients, at most ``_CHUNK`` at a time."""
+    batch: list[Tensor] = []
+    room = _CHUNK
+    for piece in chain.from_iterable(map(_pieces, group)):
+        if piece.numel() > room:
+            yield batch
+            batch, room = [], _CHUNK
+        batch.append(piece)
+        room -= piece.numel()
+    if batch:
+        yield batch
 
 
 def _pieces(g: Tensor) -> Iterator[Tensor]:
