@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.amp.grad_scaler import OptState
+from torch.distributed.tensor import DTensor
 
 from shardscale import drift, kernels, verdict
 from shardscale.comm import Bond, Communicator, Solo
-from shardscale.errors import DisagreementError, MissingRankError, StageError
+from shardscale.errors import DisagreementError, LayoutError, MissingRankError, StageError
 from shardscale.fused import is_fused
 from shardscale.layouts import Layouts
 from shardscale.ledger import Ledger, Unread
+from shardscale.placements import align_
 from shardscale.policy import ScalePolicy
 from shardscale.records import Agreement, Call, ScaleState, ShardStats
 from shardscale.shards import LocalShards, local_shards, params_of
@@ -77,11 +80,12 @@ class Judge:
         fault: Exception | None = question.mistake
         stats = _nothing_found(state)
         has_grads: list[bool] = []
-        if fault is None:
-            try:
-                stats, has_grads = self._measure(question, state, comm or Solo())
-            except Exception as error:  # noqa: BLE001 - raised again, once this rank has joined
-                fault = error
+        try:
+            self._align(question)  # in any case: other ranks of a mesh may be waiting for it
+            if fault is None:
+                stats, has_grads = self._measure(question, state)
+        except Exception as error:  # noqa: BLE001 - raised again, once this rank has joined
+            fault = fault or error
         call = self._call(question, state, policy)
         if comm is None:
             if fault is not None:
@@ -108,9 +112,8 @@ class Judge:
         """
         assert question.max_norm is not None
         factor = verdict.clip_coefficient(agreement, question.max_norm)
-        seen: set[int] = set()
         for optimizer in question.optimizers:
-            shards = local_shards(optimizer, self.layouts.name_of, coalesced=True, seen=seen)
+            shards = local_shards(optimizer, self.layouts.name_of, coalesced=True)
             kernels.scale_(shards.grads, factor)
 
     @torch.no_grad()
@@ -183,22 +186,42 @@ class Judge:
                     raise self._disagreement(unread) from missing
             raise
 
-    def _measure(
-        self, question: Question, state: ScaleState, comm: Communicator
-    ) -> tuple[ShardStats, list[bool]]:
+    def _align(self, question: Question) -> None:
+        everything = list(chain.from_iterable(map(params_of, question.optimizers)))
+        if DTensor in set(map(type, everything)):
+            summed = align_(everything, self.layouts.name_of, self.bond.timeout_s)
+            self.layouts.mark_summed(summed)
+        self.layouts.require_inside(everything, self.bond.members())
+        self.layouts.require_in_use(everything)
+        self._require_unshared(question.optimizers)
+
+    def _require_unshared(self, optimizers: Sequence[Any]) -> None:
+        """No gradient may belong to two optimizers: it would be unscaled and stepped twice."""
+        together = self.stages.of_one_backward(optimizers)
+        seen: set[int] = set()
+        for optimizer in together if len(together) > 1 else ():
+            mine = {id(p): p for p in params_of(optimizer) if p.grad is not None}
+            for key in mine.keys() & seen:
+                raise LayoutError(
+                    f"{self.layouts.name_of(mine[key])} is in two optimizers that are stepped in "
+                    "one iteration, so its one gradient would be unscaled and applied twice. Keep "
+                    "it in one of them, or scale a new loss between the two."
+                )
+            seen |= mine.keys()
+
+    def _measure(self, question: Question, state: ScaleState) -> tuple[ShardStats, list[bool]]:
         found_inf = torch.zeros_like(state.scale)
         squares = None if question.max_norm is None else _zero_squares(state)
         has_grads: list[bool] = []
-        seen: set[int] = set()
         for optimizer in question.optimizers:
             entry = self.stages.of(optimizer)
-            shards = local_shards(optimizer, self.layouts.name_of, squares is not None, seen)
+            shards = local_shards(optimizer, self.layouts.name_of, squares is not None)
             has_grads.append(any(param.grad is not None for param in params_of(optimizer)))
             inv_scale = torch.ones_like(state.scale)
             if not entry.is_unscaled:
                 inv_scale = kernels.inverse_scale(self.stages.stamp([optimizer], state.scale))
             if squares is not None:
-                owned, copies = self._split(shards, comm)
+                owned, copies = self._split(shards)
                 kernels.unscale_(owned, inv_scale, found_inf, squares)
                 kernels.unscale_(copies, inv_scale, found_inf)
             elif question.leaves_scaled(optimizer):
@@ -209,14 +232,15 @@ class Judge:
                 found_inf = torch.maximum(found_inf, entry.agreement.found_inf)
         return ShardStats(found_inf, squares), has_grads
 
-    def _split(self, shards: LocalShards, comm: Communicator) -> tuple[list[Tensor], list[Tensor]]:
+    def _split(self, shards: LocalShards) -> tuple[list[Tensor], list[Tensor]]:
         """The gradients that this rank counts in the norm, and those that another one counts."""
-        if comm.size == 1:
+        members = self.bond.members()
+        if members.size == 1:
             return shards.grads, []
         owned: list[Tensor] = []
         copies: list[Tensor] = []
         for param, grad in zip(*shards, strict=True):
-            (owned if self.layouts.is_owner(param, comm) else copies).append(grad)
+            (owned if self.layouts.is_owner(param, members) else copies).append(grad)
         return owned, copies
 
     def _call(self, question: Question, state: ScaleState, policy: ScalePolicy) -> Call:
@@ -245,6 +269,7 @@ class Judge:
         for optimizer, has_some in zip(question.optimizers, has_grads, strict=True):
             entry = self.stages.of(optimizer)
             entry.agreement, entry.call, entry.has_grads = agreement, call, has_some
+            entry.num_begun = self.stages.num_begun
             if not question.leaves_scaled(optimizer):
                 entry.is_unscaled = True
             if question.method != "step":

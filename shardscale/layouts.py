@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
-from torch.distributed.fsdp._init_utils import HYBRID_SHARDING_STRATEGIES
 from torch.distributed.tensor import DTensor
 
-from shardscale.comm import Communicator
+from shardscale.comm import Members
 from shardscale.errors import LayoutError
+from shardscale.holders import Layout, layout_of, wrappers_of
 
-__all__ = ["Copies", "Layout", "Layouts", "distinct"]
+__all__ = ["Copies", "Layouts", "distinct"]
 
 Copies = Callable[[str, Tensor], "dist.ProcessGroup | Iterable[int] | None"]
 
@@ -28,73 +27,125 @@ def distinct(name: str, param: Tensor) -> None:
     del name, param
 
 
-class Layout(NamedTuple):
-    """Where one parameter's gradient lives; an owner counts it, so each value is counted once."""
+@dataclass
+class _Known:
+    """What is known of one parameter."""
 
-    kind: str  # for people: "FSDP1 FULL_SHARD", "DDP", "DTensor (Shard(dim=0),)", "plain"
-    num_ranks: int  # the ranks that this layout speaks of; others may hold copies, or other things
-    is_owner: bool  # as far as this layout says: of replicas, the first
+    ref: weakref.ref[Tensor]  # an id may be taken again once the parameter is dropped
+    name: str
+    layout: Layout
+    is_attached: bool
+    copies: Copies | None = None
+    is_owner: bool | None = None  # None: not asked yet
+    is_summed: bool = False  # its gradient was Partial
 
 
 class Layouts:
-    """What is known of a model's parameters: names, layouts, declared copies."""
+    """What is known of parameters: names, layouts, declared copies."""
 
     def __init__(self) -> None:
-        self._known: dict[int, tuple[weakref.ref[Tensor], str, Layout]] = {}
-        self._copies: Copies | None = None
+        self._known: dict[int, _Known] = {}
+        self._inside: dict[int, object] = {}  # meshes found to be in the group; kept, for their ids
+        self._is_checked = True  # whether all attached layouts were compared with the group
+        self._is_in_use = True  # whether an optimizer was seen with a parameter that is attached
 
     def attach(self, model: nn.Module, copies: Copies | None) -> None:
         """Learn names and layouts of all parameters, as they are now."""
-        if copies is not None:
-            self._copies = copies
-        wrappers = _wrappers(model)
+        wrappers = wrappers_of(model)
         for name, param in model.named_parameters(remove_duplicate=True):
-            layout = _layout_of(param, wrappers.get(id(param)))
             parts = [part for part in name.split(".") if part not in _WRAPPER_NAMES]
             if isinstance(model, nn.parallel.DistributedDataParallel):
                 parts = parts[1:]  # "module", its name for what it wraps
-            clean = ".".join(parts)
-            self._known[id(param)] = (weakref.ref(param), clean, layout)
+            before = self._lookup(param)
+            self._known[id(param)] = _Known(
+                weakref.ref(param),
+                ".".join(parts),
+                layout_of(param, wrappers.get(id(param))),
+                is_attached=True,
+                copies=copies or (before.copies if before else None),
+            )
+        self._is_checked = self._is_in_use = False
 
     def name_of(self, param: Tensor) -> str:
         """The parameter's name, or its shape where no model was attached."""
-        known = self._lookup(param)
-        return known[0] if known else f"a parameter of shape {tuple(param.shape)}"
+        return self._learn(param).name
 
-    def is_owner(self, param: Tensor, comm: Communicator) -> bool:
-        """Whether this rank counts the gradient in the norm.
+    def mark_summed(self, params: Iterable[Tensor]) -> None:
+        """Remember, for ``describe``, that the gradients of these were Partial."""
+        for param in params:
+            self._learn(param).is_summed = True
+
+    def require_inside(self, params: Iterable[Tensor], members: Members) -> None:
+        """No rank that holds a part of these parameters may decide on its own.
+
+        Raises:
+            LayoutError: a mesh, or an attached DDP or FSDP1 unit, reaches out of the group.
+        """
+        if members.ranks is None:
+            return
+        if not self._is_checked:
+            for known in self._known.values():
+                if known.ref() is not None:
+                    _require_inside(known, members)
+            self._is_checked = True
+        for param in params:
+            if isinstance(param, DTensor) and id(param._spec.mesh) not in self._inside:
+                _require_inside(self._learn(param), members)
+                self._inside[id(param._spec.mesh)] = param._spec.mesh
+
+    def require_in_use(self, params: Sequence[Tensor]) -> None:
+        """Optimizers must hold the attached parameters, not ones that wrapping has replaced.
+
+        Args:
+            params: Of all optimizers of a call.
+
+        Raises:
+            LayoutError: attached parameters have gradients, and these optimizers none at all.
+        """
+        if self._is_in_use:
+            return
+        self._is_in_use = any(self._learn(param).is_attached for param in params)
+        idle = params and all(param.grad is None for param in params)
+        if not self._is_in_use and idle:
+            waiting = [param for param in self.params() if param.grad is not None]
+            if waiting:
+                raise LayoutError(
+                    f"the optimizer holds {len(params)} parameters without a gradient, none of "
+                    f"which belongs to the attached model, while {self.name_of(waiting[0])} there "
+                    "has one. Wrapping has probably replaced the parameters: build the optimizer, "
+                    "and attach the model, after wrapping."
+                )
+
+    def is_owner(self, param: Tensor, members: Members) -> bool:
+        """Whether this rank counts the gradient in the norm; the group may not change later.
 
         Raises:
             LayoutError: other ranks of the group may hold copies of it, and nothing tells.
         """
-        if comm.size == 1:
+        if members.size == 1:
             return True
-        name, layout = self._lookup(param) or (self.name_of(param), _layout_of(param, None))
-        if self._copies is None:
-            if layout.num_ranks == comm.size:
-                return layout.is_owner
-            raise LayoutError(
-                f"rank {comm.rank} of {comm.size}: the norm cannot be told, because {name} "
-                f"({layout.kind}) speaks of {layout.num_ranks} of the group's {comm.size} ranks, "
-                "and the others may hold copies of it or other parameters. Call "
-                "scaler.attach(model) with the wrapped model; if that does not settle it, declare "
-                "it with attach(model, copies=shardscale.distinct) or a function."
-            )
-        return layout.is_owner and _is_first(self._copies(name, param), name, comm)
+        known = self._known.get(id(param))
+        if known is None or known.is_owner is None or known.ref() is not param:
+            known = self._learn(param)
+            _, owner = _holders(known, param, members)
+            known.is_owner = owner == members.here
+        return known.is_owner
 
-    def describe(self, optimizer_params: Iterable[Tensor], comm: Communicator, kernel: str) -> str:
-        """A table: parameter, local shape, layout, whether this rank counts it, kernel."""
-        rows = [("parameter", "local shape", "layout", "counted here", "kernel")]
-        for param in optimizer_params:
-            known = self._lookup(param)
-            layout = known[1] if known else _layout_of(param, None)
+    def describe(self, params: Iterable[Tensor], members: Members, kernel: str) -> str:
+        """A table: parameter, local shape, layout, who holds it, who counts it, kernel."""
+        rows = [("parameter", "local shape", "layout", "held by", "counted by", "kernel")]
+        for param in params:
+            known = self._learn(param)
             try:
-                counted = "yes" if self.is_owner(param, comm) else "no"
+                holders, owner = _holders(known, param, members)
+                counted = f"rank {owner}" if owner is not None else "another rank"
             except LayoutError:
+                holders = f"{_ranks(known.layout.holders or [members.here])} at least"
                 counted = "unknown"
             local = param._local_tensor if isinstance(param, DTensor) else param
             shape = "x".join(map(str, local.shape)) or "scalar"
-            rows.append((self.name_of(param), shape, layout.kind, counted, kernel))
+            kind = known.layout.kind + (", Partial gradient summed" if known.is_summed else "")
+            rows.append((known.name, shape, kind, holders, counted, kernel))
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         return "\n".join(
             "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
@@ -103,79 +154,102 @@ class Layouts:
 
     def params(self) -> list[Tensor]:
         """The attached parameters that still exist."""
-        return [param for ref, _, _ in self._known.values() if (param := ref()) is not None]
+        attached = [known.ref() for known in self._known.values() if known.is_attached]
+        return [param for param in attached if param is not None]
 
-    def _lookup(self, param: Tensor) -> tuple[str, Layout] | None:
+    def _lookup(self, param: Tensor) -> _Known | None:
         known = self._known.get(id(param))
-        # An id may be taken again by a parameter made after the attached one was dropped.
-        if known is None or known[0]() is not param:
-            return None
-        return known[1], known[2]
+        return known if known is not None and known.ref() is param else None
+
+    def _learn(self, param: Tensor) -> _Known:
+        known = self._lookup(param)
+        if known is None:
+            name = f"a parameter of shape {tuple(param.shape)}"
+            known = _Known(weakref.ref(param), name, layout_of(param, None), is_attached=False)
+            self._known[id(param)] = known
+        return known
 
 
 _WRAPPER_NAMES = {"_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module"}
 
 
-def _wrappers(model: nn.Module) -> dict[int, Any]:
-    """For each parameter's id, the DDP or FSDP1 module that manages it; the innermost."""
-    found: dict[int, Any] = {}
-    for module in model.modules():
-        if isinstance(module, nn.parallel.DistributedDataParallel):
-            ignored = module.parameters_to_ignore
-            for name, param in module.module.named_parameters():
-                if name not in ignored:
-                    found.setdefault(id(param), module)
-    for module in model.modules():
-        if isinstance(module, FullyShardedDataParallel) and module._handle is not None:
-            flat = module._handle.flat_param
-            found[id(flat)] = module
-            for param in flat._params or ():
-                found[id(param)] = module
-    return found
-
-
-def _layout_of(param: Tensor, wrapper: Any) -> Layout:
-    if isinstance(param, DTensor):
-        mesh = param.device_mesh
-        coordinate = mesh.get_coordinate() or [0] * mesh.ndim
-        is_first = all(
-            at == 0
-            for at, placement in zip(coordinate, param.placements, strict=True)
-            if placement.is_replicate()
-        )
-        return Layout(f"DTensor {param.placements}", mesh.size(), is_first)
-    if isinstance(wrapper, nn.parallel.DistributedDataParallel):
-        group = wrapper.process_group
-        return Layout("DDP", group.size(), group.rank() == 0)
-    if wrapper is not None:
-        return _fsdp1_layout(wrapper)
-    return Layout("plain", 1, True)
-
-
-def _fsdp1_layout(unit: Any) -> Layout:
-    kind = f"FSDP1 {unit.sharding_strategy.name}"
-    group = unit.process_group
-    if unit.sharding_strategy == ShardingStrategy.NO_SHARD:
-        return Layout(kind, group.size(), group.rank() == 0)
-    if unit.sharding_strategy in HYBRID_SHARDING_STRATEGIES:
-        replicas = unit._inter_node_pg
-        return Layout(kind, group.size() * replicas.size(), replicas.rank() == 0)
-    return Layout(kind, group.size(), True)
-
-
-def _is_first(
-    copies: dist.ProcessGroup | Iterable[int] | None, name: str, comm: Communicator
-) -> bool:
-    if copies is None:
-        return True
-    if isinstance(copies, dist.ProcessGroup):
-        ranks = dist.get_process_group_ranks(copies)
-    else:
-        ranks = list(copies)
-    here = dist.get_rank() if dist.is_initialized() else comm.rank
-    if here not in ranks:
+def _require_inside(known: _Known, members: Members) -> None:
+    assert members.ranks is not None
+    outside = known.layout.ranks - members.ranks
+    if outside:
         raise LayoutError(
-            f"rank {here}: copies= says that {name} is held by ranks {ranks}, which leaves out "
-            "this rank. Return the ranks that hold it, this one included, or None for nowhere else."
+            f"rank {members.rank} of {members.size}: {known.name} ({known.layout.kind}) is held by "
+            f"{_ranks(known.layout.ranks)}, but this scaler agrees with {_ranks(members.ranks)} "
+            f"only, so {_ranks(outside)} would step or skip without the others. Make the scaler "
+            "with a process_group= of all ranks that hold a part of the model, or with none for "
+            "the whole job."
         )
-    return here == min(ranks)
+
+
+def _holders(known: _Known, param: Tensor, members: Members) -> tuple[str, int | None]:
+    """Who holds what this rank holds of a parameter, for people; the rank that counts it.
+
+    The owner is None where it is neither this rank nor one that this rank can name.
+    """
+    layout = known.layout
+    holders: Sequence[int] = layout.holders or [members.here]
+    if members.size == 1:
+        return _ranks([members.here]), members.here
+    if members.ranks is not None:
+        _require_inside(known, members)
+    if known.copies is not None:
+        copies = _copies(known, param, members)
+        if len(copies) > 1 and len(holders) > 1:
+            both = f"{_ranks(holders)}; copies: {_ranks(copies)}"
+            # Of copies of copies, the first of the first counts.
+            if members.here == holders[0]:
+                return both, copies[0]
+            return both, holders[0] if members.here == copies[0] else None
+        holders = copies if len(copies) > 1 else holders
+        return _ranks(holders), holders[0]
+    if layout.num_ranks == members.size:
+        return _ranks(holders), holders[0]
+    why = "" if known.is_attached else "is not a parameter of an attached model and "
+    raise LayoutError(
+        f"rank {members.rank} of {members.size}: the norm cannot be told, because {known.name} "
+        f"({layout.kind}) {why}speaks of {layout.num_ranks} of the group's {members.size} ranks, "
+        "and the others may hold copies of it or other parameters. Call scaler.attach(model) with "
+        "the model as it is wrapped for training; if that does not settle it, declare it with "
+        "attach(model, copies=shardscale.distinct) or a function."
+    )
+
+
+def _copies(known: _Known, param: Tensor, members: Members) -> Sequence[int]:
+    """The ranks that hold the same as this one besides its layout, in order."""
+    assert known.copies is not None
+    declared = known.copies(known.name, param)
+    if declared is None:
+        return [members.here]
+    if isinstance(declared, dist.ProcessGroup):
+        declared = dist.get_process_group_ranks(declared)
+    ranks = sorted(set(declared))
+    if members.here not in ranks:
+        raise LayoutError(
+            f"rank {members.here}: copies= says that {known.name} is held by {_ranks(ranks)}, "
+            "which leaves out this rank. Return the ranks that hold it, this one included, or None "
+            "for nowhere else."
+        )
+    if members.ranks is not None and not members.ranks.issuperset(ranks):
+        raise LayoutError(
+            f"rank {members.here}: copies= says that {known.name} is held by {_ranks(ranks)}, but "
+            f"this scaler agrees with {_ranks(members.ranks)} only. Return ranks of that group, or "
+            "make the scaler with a process_group= of all of them."
+        )
+    return ranks
+
+
+def _ranks(ranks: Iterable[int]) -> str:
+    """Ranks for people, runs of more than two shortened: "ranks 0-3, 8"."""
+    runs: list[list[int]] = []
+    for rank in sorted(ranks):
+        if runs and rank == runs[-1][-1] + 1:
+            runs[-1].append(rank)
+        else:
+            runs.append([rank])
+    texts = [f"{run[0]}-{run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs]
+    return ("rank " if sum(map(len, runs)) == 1 else "ranks ") + ", ".join(texts)

@@ -16,7 +16,7 @@ from typing_extensions import Self
 
 from shardscale.arguments import as_number, is_usable, require_device_type
 from shardscale.checkpoint import from_state_dict, to_state_dict
-from shardscale.comm import Bond, Communicator, Solo
+from shardscale.comm import Bond, Communicator
 from shardscale.errors import ConfigError, StageError, StateError
 from shardscale.judge import Judge, Question
 from shardscale.kernels import NAME as KERNEL
@@ -135,12 +135,12 @@ class ShardedGradScaler(TorchNames, torch.amp.GradScaler):  # type: ignore[overr
         return self
 
     def describe(self) -> str:
-        """A table of the attached parameters: layout, who counts it in the norm, kernel.
+        """A table of the attached parameters: layout, who holds it, who counts it, kernel.
 
         Collective: none; every rank has its own table.
         """
-        comm = self._judge.bond.communicator() or Solo()
-        return self._judge.layouts.describe(self._judge.layouts.params(), comm, KERNEL)
+        layouts = self._judge.layouts
+        return layouts.describe(layouts.params(), self._judge.bond.members(), KERNEL)
 
     def scale(self, outputs: Any) -> Any:
         """Multiply by the scale; begins a new iteration.

@@ -32,7 +32,6 @@ def local_shards(
     optimizer: Any,
     name_of: Callable[[Tensor], str],
     coalesced: bool = False,
-    seen: set[int] | None = None,
 ) -> LocalShards:
     """The local shards of an optimizer's gradients, each once, in the optimizer's order.
 
@@ -44,19 +43,14 @@ def local_shards(
         name_of: What to call a parameter in an error.
         coalesced: Sparse gradients must hold each element once, as their norm needs; uncoalesced
             ones are replaced. Float16 ones are coalesced, in float32, in any case.
-        seen: Ids of parameters to leave out, because another optimizer of the same call has them;
-            this one's are added. The optimizers keep them alive, so no id is taken twice.
 
     Raises:
         LayoutError: a gradient has a dtype or layout that cannot be judged, its elements share
             memory, or it is not laid out as its parameter; names the parameter.
     """
     params = list(params_of(optimizer))
-    seen = set() if seen is None else seen
-    ids = set(map(id, params))
-    if len(ids) < len(params) or not ids.isdisjoint(seen):
-        params = list({id(p): p for p in params if id(p) not in seen}.values())
-    seen |= ids
+    if len(set(map(id, params))) < len(params):
+        params = list({id(p): p for p in params}.values())
     grads: list[Any] = [p.grad for p in params]
     kinds = set(map(type, grads))
     if NoneType in kinds:

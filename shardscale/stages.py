@@ -25,6 +25,7 @@ class Entry:
     call: Call | None = None
     has_grads: bool = False  # on this rank
     is_unscaled: bool = False
+    num_begun: int = 0  # how many iterations had begun when it was judged
 
     @property
     def was_judged(self) -> bool:
@@ -47,7 +48,7 @@ class Stages:
         self.empty: list[tuple[Agreement, Call]] = []  # the verdicts this rank only joined in
         self._stepped: dict[int, Any] = {}  # by id; kept, so that its id is not taken by another
         self._stamp: Tensor | None = None
-        self._has_begun = False
+        self.num_begun = 0
 
     def of(self, optimizer: Any) -> Entry:
         """The optimizer's entry, made at first sight."""
@@ -114,23 +115,32 @@ class Stages:
             )
         return _mixed("step") if len({e.was_judged for e in entries}) > 1 else None
 
+    def of_one_backward(self, optimizers: Sequence[Any]) -> list[Any]:
+        """These optimizers, and before them those judged since the last ``begin``.
+
+        What they hold are the gradients of one iteration.
+        """
+        asking = _by_id(optimizers)
+        before = [e for key, e in self.entries.items() if e.was_judged and key not in asking]
+        return [*(e.optimizer for e in before if e.num_begun == self.num_begun), *optimizers]
+
     def begin(self) -> None:
         """A new iteration: gradients made from here on have the scale that is newest now."""
         self._stepped.clear()
         self._stamp = None
-        self._has_begun = True
+        self.num_begun += 1
 
     def keep_stamp(self, scale: Tensor) -> None:
         """The scale is about to change: remember it for optimizers that have not stepped yet."""
         # Whoever never begins scales by hand, with the scale that is newest then.
-        if self._stamp is None and self._has_begun:
+        if self._stamp is None and self.num_begun:
             self._stamp = scale.clone()
 
     def mark_stepped(self, optimizers: Sequence[Any]) -> None:
         """These optimizers have consumed their gradients."""
         for optimizer in optimizers:
             self.of(optimizer).stage = OptState.STEPPED
-        if self._has_begun:
+        if self.num_begun:
             self._stepped.update(_by_id(optimizers))
 
     def stamp(self, optimizers: Sequence[Any], newest: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import weakref
+from typing import NamedTuple
 
 import torch.distributed as dist
 
@@ -12,7 +13,16 @@ from shardscale.comm.base import Communicator
 from shardscale.comm.process_group import ProcessGroupComm
 from shardscale.errors import ConfigError, StageError
 
-__all__ = ["Bond"]
+__all__ = ["Bond", "Members"]
+
+
+class Members(NamedTuple):
+    """The ranks of an agreeing group."""
+
+    rank: int  # this one's number in the group
+    size: int
+    here: int  # this one's number in the whole job, as layouts use it
+    ranks: frozenset[int] | None  # all of them, numbered so; None if the transport does not know
 
 
 class _Counters:
@@ -83,6 +93,7 @@ class Bond:
         self.timeout_s = timeout_s
         self.is_lost = False  # the group was given, and could not be carried along with a pickle
         self._joined: ProcessGroupComm | None = None
+        self._members: Members | None = None
         self._ordinal = _made.next(self._key) if is_numbered else None
 
     @property
@@ -135,6 +146,19 @@ class Bond:
             return None
         self._joined = ProcessGroupComm(group, self.timeout_s)
         return self._joined
+
+    def members(self) -> Members:
+        """The ranks that agree, this one alone where it decides alone."""
+        here = dist.get_rank() if dist.is_available() and dist.is_initialized() else None
+        comm = self.communicator()
+        if isinstance(comm, ProcessGroupComm):
+            if self._members is None:
+                ranks = frozenset(dist.get_process_group_ranks(comm.group))
+                self._members = Members(comm.rank, comm.size, dist.get_rank(), ranks)
+            return self._members
+        if comm is None:
+            return Members(0, 1, here or 0, frozenset([here or 0]))
+        return Members(comm.rank, comm.size, comm.rank if here is None else here, None)
 
     @property
     def _key(self) -> object:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import shardscale
 from shardscale import DisagreementError, ShardedGradScaler, StageError
 from shardscale.testing import run_ranks
 from tests.conformance.side_by_side import (
@@ -424,9 +425,11 @@ def test_a_sequence_of_judged_optimizers_sends_nothing_and_skips_if_either_is_ba
     """Contract 25: verdicts of ``unscale_`` and of ``clip_grad_norm_`` count."""
 
     def rank(comm):
-        good, bad = sgd(full(8.0), fused=True), sgd(full(math.inf))
+        model = torch.nn.ParameterList([torch.ones(4)])
+        model[0].grad = full(math.inf)
+        good, bad = sgd(full(8.0), fused=True), torch.optim.SGD(model, lr=1.0)
         scaler = ShardedGradScaler("cpu", init_scale=8.0, comm=comm)
-        scaler.attach(torch.nn.Module(), copies=lambda name, param: None)
+        scaler.attach(model, copies=shardscale.distinct)
         scaler.unscale_(good)
         scaler.clip_grad_norm_(bad, 1.0)
         scaler.step([good, bad])

@@ -313,20 +313,40 @@ def test_a_parameter_listed_twice_is_unscaled_once():
     assert [grad_of(ours, i)[0].item() for i in range(3)] == [8.0, 1.0, 8.0]
 
 
+def call_with(scaler, call, optimizers):
+    arguments = (1.0,) if call == "clip_grad_norm_" else ()
+    return getattr(scaler, call)(optimizers, *arguments)
+
+
 @pytest.mark.parametrize("call", ["unscale_", "clip_grad_norm_", "step"])
-def test_a_parameter_of_two_optimizers_in_one_call_is_unscaled_once(call):
-    """Contract 14: one call is one set of gradients, and its norm counts each once."""
+@pytest.mark.parametrize("jointly", [False, True])
+def test_a_gradient_of_two_optimizers_is_refused(call, jointly):
+    """Contract 14: torch unscales it twice and steps with both."""
     param = parameter(full(8.0))
     pair = [torch.optim.SGD([param], lr=1.0), torch.optim.SGD([param], lr=1.0)]
     scaler = ShardedGradScaler("cpu", init_scale=8.0)
-    if call == "clip_grad_norm_":
-        assert scaler.clip_grad_norm_(pair, 1.0).item() == 2.0
-        assert param.grad.tolist() == pytest.approx(
-            [0.5] * 4, rel=1e-5
-        )  # torch's 1e-6 beside the norm
-    else:
-        getattr(scaler, call)(pair)
+    scaler.scale(torch.ones(()))
+    if not jointly:
+        call_with(scaler, call, pair[0])
+    before = param.tolist(), param.grad.tolist()
+    with pytest.raises(LayoutError, match=r"shape \(4,\) is in two optimizers"):
+        call_with(scaler, call, pair if jointly else pair[1])
+    assert (param.tolist(), param.grad.tolist()) == before
+
+
+@BOTH
+def test_two_optimizers_may_share_a_parameter_that_gets_a_gradient_for_each(make):
+    """Contract 14: a new loss was scaled in between."""
+    param = parameter(full(0.0))
+    scaler = make("cpu", init_scale=8.0)
+    for optimizer in [torch.optim.SGD([param], lr=1.0) for _ in range(2)]:
+        optimizer.zero_grad()
+        scaler.scale(param.sum()).backward()
+        scaler.unscale_(optimizer)
         assert param.grad.tolist() == [1.0] * 4
+        scaler.step(optimizer)
+    scaler.update()
+    assert param.tolist() == [-1.0] * 4
 
 
 @BOTH

@@ -9,6 +9,7 @@ import pickle
 import pytest
 import torch
 
+import shardscale
 from shardscale import DisagreementError, DynamicScale, LayoutError, ShardedGradScaler, StageError
 from shardscale.testing import run_ranks
 
@@ -23,6 +24,10 @@ def fused_sgd(grad):
     param = torch.nn.Parameter(torch.zeros(grad.shape))
     param.grad = grad
     return torch.optim.SGD([param], lr=1.0, fused=True), param
+
+
+def module_of(*optimizers):
+    return torch.nn.ParameterList([p for o in optimizers for p in o.param_groups[0]["params"]])
 
 
 def outcome(fn, *args):
@@ -73,7 +78,7 @@ def test_a_disabled_scaler_that_clips_raises_where_the_ranks_disagree():
     def job(comm):
         scaler = ShardedGradScaler("cpu", enabled=False, comm=comm)
         a, _ = loop_sgd(torch.ones(3))
-        scaler.attach(torch.nn.Linear(1, 1), copies=lambda name, param: None)
+        scaler.attach(module_of(a), copies=shardscale.distinct)
         return outcome(scaler.clip_grad_norm_, a, 1.0 + comm.rank)
 
     assert run_ranks(job, 2) == [DisagreementError] * 2
@@ -82,8 +87,9 @@ def test_a_disabled_scaler_that_clips_raises_where_the_ranks_disagree():
 @pytest.mark.parametrize("which", ["first", "second"])
 def test_the_late_error_names_the_verdict_that_drifted_whichever_it_was(which):
     def job(comm):
-        scaler = ShardedGradScaler("cpu", comm=comm).attach(torch.nn.Linear(1, 1), copies=ours)
         a, b = fused_sgd(torch.ones(3))[0], fused_sgd(torch.ones(3))[0]
+        scaler = ShardedGradScaler("cpu", comm=comm)
+        scaler.attach(module_of(a, b), copies=shardscale.distinct)
         odd = 1.0 + comm.rank
         scaler.clip_grad_norm_(a, odd if which == "first" else 1.0)
         scaler.clip_grad_norm_(b, odd if which == "second" else 1.0)
@@ -93,9 +99,6 @@ def test_the_late_error_names_the_verdict_that_drifted_whichever_it_was(which):
         with pytest.raises(DisagreementError) as told:
             scaler.update()
         return str(told.value)
-
-    def ours(name, param):
-        return None
 
     for message in run_ranks(job, 2):
         assert "max_norm: 1.0 on rank 0, 2.0 on rank 1" in message

@@ -222,18 +222,14 @@ MUTANTS = [
         (f"{_SKIP}::test_ranks_with_nothing_to_judge_join_and_agree[True]",),
     ),
     Mutant(
-        "a call tells apart gradients, not parameters",
-        "shardscale/shards.py",
-        """\
-    ids = set(map(id, params))
-    if len(ids) < len(params) or not ids.isdisjoint(seen):
-        params = list({id(p): p for p in params if id(p) not in seen}.values())
-""",
-        """\
-    ids = {id(p.grad) for p in params if p.grad is not None}
-    params = list({id(p): p for p in params if id(p.grad) not in seen}.values())
-""",
-        (f"{_SHARDS}::test_a_replaced_sparse_gradient_does_not_lend_its_id_to_another",),
+        "a gradient of two optimizers goes unnoticed where they are judged one by one",
+        "shardscale/stages.py",
+        "if e.num_begun == self.num_begun), *optimizers]",
+        "if e.num_begun < self.num_begun), *optimizers]",
+        (
+            "tests/conformance/test_unscale.py::test_a_gradient_of_two_optimizers_is_refused"
+            "[False-unscale_]",
+        ),
     ),
     Mutant(
         "step reads only its own optimizers' verdicts",

@@ -14,15 +14,14 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from shardscale import DisagreementError, LayoutError, ShardedGradScaler, distinct
+from shardscale.comm import Members
 from shardscale.layouts import Layouts
 from shardscale.testing import run_ranks
 
 
-class Rank:
-    """One of several ranks, which sends nothing."""
-
-    def __init__(self, rank, size):
-        self.rank, self.size = rank, size
+def member(rank, size):
+    """One of several ranks that are the whole job."""
+    return Members(rank, size, rank, frozenset(range(size)))
 
 
 def model_of(*sizes):
@@ -123,7 +122,7 @@ def test_a_verdict_without_a_norm_never_asks_who_owns_what():
 
 def test_alone_everything_is_counted():
     layouts = Layouts()
-    assert layouts.is_owner(nn.Parameter(torch.ones(1)), Rank(0, 1))
+    assert layouts.is_owner(nn.Parameter(torch.ones(1)), member(0, 1))
 
 
 def test_attaching_again_updates_and_several_models_add_up():
@@ -131,10 +130,10 @@ def test_attaching_again_updates_and_several_models_add_up():
     layouts.attach(first, distinct)
     layouts.attach(second, None)
     assert [tuple(p.shape) for p in layouts.params()] == [(2,), (3,)]
-    assert layouts.is_owner(first.layers[0], Rank(1, 2))
+    assert layouts.is_owner(first.layers[0], member(1, 2))
     layouts.attach(first, lambda name, param: [0, 1])
     assert len(layouts.params()) == 2
-    assert not layouts.is_owner(first.layers[0], Rank(1, 2))
+    assert not layouts.is_owner(first.layers[0], member(1, 2))
 
 
 def test_a_dropped_models_names_are_not_given_to_new_parameters():
@@ -164,9 +163,9 @@ def test_describe_is_a_table():
     rows = [line.split("  ") for line in scaler.describe().splitlines()]
     table = [[cell.strip() for cell in row if cell.strip()] for row in rows]
     assert table == [
-        ["parameter", "local shape", "layout", "counted here", "kernel"],
-        ["layers.0", "5", "plain", "yes", "foreach"],
-        ["scalar", "scalar", "plain", "yes", "foreach"],
+        ["parameter", "local shape", "layout", "held by", "counted by", "kernel"],
+        ["layers.0", "5", "plain", "rank 0", "rank 0", "foreach"],
+        ["scalar", "scalar", "plain", "rank 0", "rank 0", "foreach"],
     ]  # the linear layer was dropped at once
 
 
@@ -176,8 +175,32 @@ def test_describe_says_what_is_unknown():
         scaler = ShardedGradScaler("cpu", comm=comm, model=model)
         return scaler.describe()
 
-    for table in run_ranks(rank, 2):
-        assert table.splitlines()[1].split() == ["layers.0", "2", "plain", "unknown", "foreach"]
+    for index, table in enumerate(run_ranks(rank, 2)):
+        assert " ".join(table.splitlines()[1].split()) == (
+            f"layers.0 2 plain rank {index} at least unknown foreach"
+        )
+
+
+def test_describe_names_holders_and_owner(rank_of_4):
+    """Held by ranks 0, 2 or 1, 3 as its mesh says, and each of these again by the other two."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "model"))
+    model = nn.Module()
+    for name, axis in (("stage", "data"), ("both", "data")):
+        param = DTensor.from_local(torch.ones(8), mesh[axis], [Replicate()], run_check=False)
+        setattr(model, name, nn.Parameter(param))
+    layouts = Layouts()
+    layouts.attach(model, lambda name, _: mesh["model"].get_group() if name == "both" else None)
+    table = layouts.describe(layouts.params(), member(rank_of_4, 4), "foreach")
+    rows = [[cell for cell in line.split("  ") if cell] for line in table.splitlines()[1:]]
+    across, along = (rank_of_4 % 2, rank_of_4 % 2 + 2), (rank_of_4 // 2 * 2, rank_of_4 // 2 * 2 + 1)
+    assert [cell.strip() for cell in rows[0][3:5]] == [
+        f"ranks {across[0]}, {across[1]}",
+        f"rank {across[0]}",
+    ]
+    assert [cell.strip() for cell in rows[1][3:5]] == [
+        f"ranks {across[0]}, {across[1]}; copies: ranks {along[0]}, {along[1]}",
+        "another rank" if rank_of_4 == 3 else "rank 0",
+    ]
 
 
 @pytest.fixture(params=range(4))
@@ -192,7 +215,7 @@ def counts(model, rank, copies=None):
     """Whether this rank counts the model's parameters; they all have one answer."""
     layouts = Layouts()
     layouts.attach(model, copies)
-    [answer] = {layouts.is_owner(p, Rank(rank, 4)) for p in model.parameters()}
+    [answer] = {layouts.is_owner(p, member(rank, 4)) for p in model.parameters()}
     return answer
 
 
@@ -264,7 +287,7 @@ def test_of_a_dtensors_replicas_the_first_counts(rank_of_mesh, placements, owner
     # Made by hand: what passes torch's cache of operators has the mesh of the first equal one,
     # which in this process is that of another rank.
     param = DTensor.from_local(torch.ones(8), mesh, placements, run_check=False)
-    assert Layouts().is_owner(param, Rank(rank, 4)) == (rank in owners)
+    assert Layouts().is_owner(param, member(rank, 4)) == (rank in owners)
 
 
 def test_a_mesh_that_is_not_the_whole_group_needs_a_word(rank_of_mesh):
@@ -277,8 +300,60 @@ def test_a_mesh_that_is_not_the_whole_group_needs_a_word(rank_of_mesh):
     layouts = Layouts()
     layouts.attach(model, None)
     with pytest.raises(LayoutError, match=r"w \(DTensor .*speaks of 2 of the group's 4 ranks"):
-        layouts.is_owner(model.w, Rank(rank, 4))
+        layouts.is_owner(model.w, member(rank, 4))
     layouts.attach(model, distinct)
-    assert layouts.is_owner(model.w, Rank(rank, 4))
+    assert layouts.is_owner(model.w, member(rank, 4))
     layouts.attach(model, lambda name, param: mesh["data"].get_group())
-    assert layouts.is_owner(model.w, Rank(rank, 4)) == (rank < 2)
+    assert layouts.is_owner(model.w, member(rank, 4)) == (rank < 2)
+    layouts.attach(model, None)  # what was declared stays
+    assert layouts.is_owner(model.w, member(rank, 4)) == (rank < 2)
+
+
+def test_copies_of_one_model_say_nothing_of_another(rank_of_4):
+    layouts, one, other = Layouts(), model_of(2), model_of(3)
+    layouts.attach(one, distinct)
+    with pytest.raises(LayoutError, match="is not a parameter of an attached model"):
+        layouts.is_owner(other.layers[0], member(rank_of_4, 4))
+    layouts.attach(other, None)
+    with pytest.raises(LayoutError, match="speaks of 1 of the group's 4 ranks"):
+        layouts.is_owner(other.layers[0], member(rank_of_4, 4))
+
+
+def test_copies_outside_the_group_are_refused(rank_of_4):
+    layouts, model = Layouts(), model_of(2)
+    layouts.attach(model, lambda name, param: range(4))
+    half = Members(0, 2, rank_of_4, frozenset({rank_of_4, (rank_of_4 + 1) % 4}))
+    with pytest.raises(LayoutError, match=r"agrees with ranks .* only"):
+        layouts.is_owner(model.layers[0], half)
+
+
+@pytest.mark.parametrize("is_attached", [False, True])
+def test_a_mesh_that_reaches_out_of_the_group_is_refused(rank_of_mesh, is_attached):
+    """Found whether or not a norm is asked for: the ranks outside would decide on their own."""
+    rank, mesh = rank_of_mesh
+    model = nn.Module()
+    model.w = nn.Parameter(DTensor.from_local(torch.ones(8), mesh, [Shard(0)] * 2, run_check=False))
+    layouts = Layouts()
+    if is_attached:
+        layouts.attach(model, distinct)
+    row = frozenset(mesh["model"].mesh.tolist())
+    with pytest.raises(LayoutError, match=r"held by ranks 0-3, but this scaler agrees with ranks"):
+        layouts.require_inside([] if is_attached else [model.w], Members(0, 2, rank, row))
+    layouts.require_inside([model.w], member(rank, 4))
+
+
+def test_an_optimizer_of_parameters_that_wrapping_has_replaced_is_refused():
+    model = model_of(2)
+    stale = list(model.parameters())
+    model.layers[0] = nn.Parameter(torch.ones(1))
+    layouts = Layouts()
+    layouts.attach(model, None)
+    layouts.require_in_use(stale)  # nobody has a gradient: it may be too early to tell
+    model.layers[0].grad = torch.ones(1)
+    with pytest.raises(
+        LayoutError, match=r"none of which belongs to the attached model.*layers\.0"
+    ):
+        layouts.require_in_use(stale)
+    layouts.require_in_use([])
+    layouts.require_in_use([*stale, *model.parameters()])
+    layouts.require_in_use(stale)  # the attached ones are known to be in use

@@ -73,31 +73,6 @@ def test_a_gradient_that_is_met_twice_is_one_shard(beside):
     assert grads[0] is shared
 
 
-def test_what_another_optimizer_of_the_call_has_is_left_out():
-    """Ids of parameters go from one optimizer of a call to the next."""
-    one, other, seen = optimizer_of(torch.ones(3)), optimizer_of(torch.ones(2)), set()
-    [shared] = params_of(one)
-    [own] = params_of(other)
-    other.param_groups[0]["params"].append(shared)
-    assert len(local_shards(one, name_of, seen=seen).grads) == 1
-    [left] = local_shards(other, name_of, seen=seen).grads
-    assert left is own.grad
-    assert seen == {id(shared), id(own)}
-
-
-def test_a_replaced_sparse_gradient_does_not_lend_its_id_to_another():
-    """The uncoalesced gradient dies when it is replaced, and the next one may get its address."""
-    for _ in range(20):
-        embedding = torch.nn.Embedding(10, 3, sparse=True)
-        linear = torch.nn.Linear(3, 1, bias=False)
-        linear(embedding(torch.tensor([1, 1, 2]))).sum().backward()
-        seen: set[int] = set()
-        first, second = (torch.optim.SGD(m.parameters(), lr=0.1) for m in (embedding, linear))
-        local_shards(first, name_of, coalesced=True, seen=seen)
-        assert len(local_shards(second, name_of, coalesced=True, seen=seen).grads) == 1
-        assert local_shards(first, name_of, coalesced=True, seen=seen).grads == []
-
-
 @pytest.mark.parametrize("conjugated", [False, True])
 def test_complex_gradients_give_a_real_view_of_their_memory(conjugated):
     grad = torch.tensor([1 + 2j, 3 - 4j])

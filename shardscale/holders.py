@@ -1,0 +1,86 @@
+"""What a parameter's mesh or wrapper says about the ranks that hold its gradient."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
+from torch.distributed.fsdp._init_utils import HYBRID_SHARDING_STRATEGIES
+from torch.distributed.tensor import DTensor
+
+__all__ = ["Layout", "layout_of", "wrappers_of"]
+
+
+class Layout(NamedTuple):
+    """Where one parameter's gradient lives. Ranks are numbered in the whole job."""
+
+    kind: str  # for people: "FSDP1 FULL_SHARD", "DDP", "DTensor (Shard(dim=0),)", "plain"
+    num_ranks: int  # how many ranks it speaks of; others may hold copies, or other things
+    ranks: frozenset[int]  # those of them that it names: all, or for HYBRID this rank's two groups
+    holders: tuple[int, ...]  # those that hold the same piece as this rank, the first counts it;
+    # empty for this rank alone
+
+
+def layout_of(param: Tensor, wrapper: Any) -> Layout:
+    """Read a parameter's layout.
+
+    Args:
+        param: As the optimizer holds it.
+        wrapper: The module that manages it, see ``wrappers_of``; None if there is none.
+    """
+    if isinstance(param, DTensor):
+        return _on_a_mesh(param)
+    if isinstance(wrapper, nn.parallel.DistributedDataParallel):
+        ranks = dist.get_process_group_ranks(wrapper.process_group)
+        return Layout("DDP", len(ranks), frozenset(ranks), tuple(ranks))
+    if wrapper is not None:
+        return _in_fsdp1(wrapper)
+    return Layout("plain", 1, frozenset(), ())
+
+
+def wrappers_of(model: nn.Module) -> dict[int, Any]:
+    """For each parameter's id, the DDP or FSDP1 module that manages it; the innermost."""
+    found: dict[int, Any] = {}
+    for module in model.modules():
+        if isinstance(module, nn.parallel.DistributedDataParallel):
+            ignored = module.parameters_to_ignore
+            for name, param in module.module.named_parameters():
+                if name not in ignored:
+                    found.setdefault(id(param), module)
+    for module in model.modules():
+        if isinstance(module, FullyShardedDataParallel) and module._handle is not None:
+            flat = module._handle.flat_param
+            found[id(flat)] = module
+            for param in flat._params or ():
+                found[id(param)] = module
+    return found
+
+
+def _on_a_mesh(param: DTensor) -> Layout:
+    mesh, placements = param.device_mesh, param.placements
+    everyone: list[int] = mesh.mesh.flatten().tolist()
+    coordinate = mesh.get_coordinate()
+    holders: list[int] = []
+    # Outside the mesh a rank holds nothing.
+    if coordinate is not None and any(placement.is_replicate() for placement in placements):
+        # Along a replicated axis all hold the same; along any other one, only this coordinate.
+        here = tuple(
+            slice(None) if placement.is_replicate() else at
+            for at, placement in zip(coordinate, placements, strict=True)
+        )
+        holders = mesh.mesh[here].flatten().tolist()
+    return Layout(f"DTensor {placements}", len(everyone), frozenset(everyone), tuple(holders))
+
+
+def _in_fsdp1(unit: Any) -> Layout:
+    kind = f"FSDP1 {unit.sharding_strategy.name}"
+    ranks = dist.get_process_group_ranks(unit.process_group)
+    if unit.sharding_strategy == ShardingStrategy.NO_SHARD:
+        return Layout(kind, len(ranks), frozenset(ranks), tuple(ranks))
+    if unit.sharding_strategy in HYBRID_SHARDING_STRATEGIES:
+        replicas = dist.get_process_group_ranks(unit._inter_node_pg)
+        named = frozenset(ranks) | frozenset(replicas)
+        return Layout(kind, len(ranks) * len(replicas), named, tuple(replicas))
+    return Layout(kind, len(ranks), frozenset(ranks), ())
