@@ -1,7 +1,7 @@
 # Every target prepares .venv first (tools/venv.sh) and does so only once.
 .DEFAULT_GOAL := help
 .NOTPARALLEL:                 # two targets must not install into .venv at the same time
-.PHONY: help demo test lint types docs bench mutants clean env-demo env-test env-docs env-bench
+.PHONY: help demo test lint types docs bench mutants support clean env-demo env-test env-docs env-bench
 
 python := .venv/bin/python
 export PYTHON TORCH           # tools/venv.sh reads them: make PYTHON=python3.12 test
@@ -35,6 +35,9 @@ bench: env-bench  ## measure side by side with torch's own scalers
 
 mutants: env-test  ## break the library on purpose, line by line, and see that a test fails
 	@$(python) tests/mutants/run.py
+
+support: env-test  ## run the tests of parallelisms and write docs/support.md from their results
+	@$(python) tests/ranks/support.py
 
 clean:  ## remove all that make made, .venv included
 	rm -rf .venv docs/_build build dist shardscale.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -79,11 +79,11 @@ class Judge:
         comm = self.bond.communicator()
         fault: Exception | None = question.mistake
         stats = _nothing_found(state)
-        has_grads: list[bool] = []
+        grads: list[list[Tensor]] = []
         try:
             self._align(question)  # in any case: other ranks of a mesh may be waiting for it
             if fault is None:
-                stats, has_grads = self._measure(question, state)
+                stats, grads = self._measure(question, state)
         except Exception as error:  # noqa: BLE001 - raised again, once this rank has joined
             fault = fault or error
         call = self._call(question, state, policy)
@@ -99,22 +99,15 @@ class Judge:
         if fault is not None:
             self._tell_fault(question, Unread(agreement, call, fault))
             raise fault
-        self._remember(question, agreement, call, has_grads)
+        self._remember(question, agreement, call, list(map(bool, grads)))
         if self.sync:
             self.read(agreement, call)
+        if question.max_norm is not None:
+            # Exactly 1 on a skip, which leaves every bit alone.
+            factor = verdict.clip_coefficient(agreement, question.max_norm)
+            for group in grads:
+                kernels.scale_(group, factor)
         return agreement
-
-    @torch.no_grad()
-    def clip_(self, question: Question, agreement: Agreement) -> None:
-        """Multiply all gradients so that their norm is at most ``max_norm``; nothing on a skip.
-
-        Sync: none on an accelerator.
-        """
-        assert question.max_norm is not None
-        factor = verdict.clip_coefficient(agreement, question.max_norm)
-        for optimizer in question.optimizers:
-            shards = local_shards(optimizer, self.layouts.name_of, coalesced=True)
-            kernels.scale_(shards.grads, factor)
 
     @torch.no_grad()
     def unscale_locally_(self, optimizer: Any, state: ScaleState) -> None:
@@ -187,12 +180,14 @@ class Judge:
             raise
 
     def _align(self, question: Question) -> None:
-        everything = list(chain.from_iterable(map(params_of, question.optimizers)))
-        if DTensor in set(map(type, everything)):
-            summed = align_(everything, self.layouts.name_of, self.bond.timeout_s)
+        params = list(chain.from_iterable(map(params_of, question.optimizers)))
+        sharded: list[DTensor] = []
+        if DTensor in set(map(type, params)):
+            sharded = list({id(p): p for p in params if isinstance(p, DTensor)}.values())
+            summed = align_(sharded, self.layouts.name_of, self.bond.timeout_s)
             self.layouts.mark_summed(summed)
-        self.layouts.require_inside(everything, self.bond.members())
-        self.layouts.require_in_use(everything)
+        self.layouts.require_inside(sharded, self.bond.members())
+        self.layouts.require_in_use(params)
         self._require_unshared(question.optimizers)
 
     def _require_unshared(self, optimizers: Sequence[Any]) -> None:
@@ -209,14 +204,17 @@ class Judge:
                 )
             seen |= mine.keys()
 
-    def _measure(self, question: Question, state: ScaleState) -> tuple[ShardStats, list[bool]]:
+    def _measure(
+        self, question: Question, state: ScaleState
+    ) -> tuple[ShardStats, list[list[Tensor]]]:
+        """What this rank finds, and the gradients it found it in, for each optimizer."""
         found_inf = torch.zeros_like(state.scale)
         squares = None if question.max_norm is None else _zero_squares(state)
-        has_grads: list[bool] = []
+        grads: list[list[Tensor]] = []
         for optimizer in question.optimizers:
             entry = self.stages.of(optimizer)
             shards = local_shards(optimizer, self.layouts.name_of, squares is not None)
-            has_grads.append(any(param.grad is not None for param in params_of(optimizer)))
+            grads.append(shards.grads)
             inv_scale = torch.ones_like(state.scale)
             if not entry.is_unscaled:
                 inv_scale = kernels.inverse_scale(self.stages.stamp([optimizer], state.scale))
@@ -230,7 +228,7 @@ class Judge:
                 kernels.unscale_(shards.grads, inv_scale, found_inf)
             if entry.agreement is not None:
                 found_inf = torch.maximum(found_inf, entry.agreement.found_inf)
-        return ShardStats(found_inf, squares), has_grads
+        return ShardStats(found_inf, squares), grads
 
     def _split(self, shards: LocalShards) -> tuple[list[Tensor], list[Tensor]]:
         """The gradients that this rank counts in the norm, and those that another one counts."""

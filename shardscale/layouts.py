@@ -75,8 +75,8 @@ class Layouts:
         for param in params:
             self._learn(param).is_summed = True
 
-    def require_inside(self, params: Iterable[Tensor], members: Members) -> None:
-        """No rank that holds a part of these parameters may decide on its own.
+    def require_inside(self, sharded: Iterable[DTensor], members: Members) -> None:
+        """No rank that holds a part of these, or of an attached model, may decide on its own.
 
         Raises:
             LayoutError: a mesh, or an attached DDP or FSDP1 unit, reaches out of the group.
@@ -88,10 +88,11 @@ class Layouts:
                 if known.ref() is not None:
                     _require_inside(known, members)
             self._is_checked = True
-        for param in params:
-            if isinstance(param, DTensor) and id(param._spec.mesh) not in self._inside:
+        for param in sharded:
+            mesh = param._spec.mesh
+            if id(mesh) not in self._inside:
                 _require_inside(self._learn(param), members)
-                self._inside[id(param._spec.mesh)] = param._spec.mesh
+                self._inside[id(mesh)] = mesh
 
     def require_in_use(self, params: Sequence[Tensor]) -> None:
         """Optimizers must hold the attached parameters, not ones that wrapping has replaced.
@@ -142,6 +143,8 @@ class Layouts:
             except LayoutError:
                 holders = f"{_ranks(known.layout.holders or [members.here])} at least"
                 counted = "unknown"
+            if not param.requires_grad:
+                counted = "nobody: frozen"
             local = param._local_tensor if isinstance(param, DTensor) else param
             shape = "x".join(map(str, local.shape)) or "scalar"
             kind = known.layout.kind + (", Partial gradient summed" if known.is_summed else "")

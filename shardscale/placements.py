@@ -8,7 +8,7 @@ shards are uneven, torch sometimes leaves the gradient of a sharded parameter re
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -32,14 +32,14 @@ class _Sum(NamedTuple):
 
 
 def align_(
-    params: Iterable[Tensor], name_of: Callable[[Tensor], str], timeout_s: float | None
+    params: list[DTensor], name_of: Callable[[Tensor], str], timeout_s: float | None
 ) -> list[DTensor]:
     """Sum Partial gradients of replicated parameters, cut replicated gradients of sharded ones.
 
     ``.grad`` is replaced. Every other mismatch is left for ``local_shards`` to refuse.
 
     Args:
-        params: Of all optimizers of a call, in their order.
+        params: Of all optimizers of a call, in their order, each once.
         name_of: What to call a parameter in an error.
         timeout_s: Seconds that a sum may take; None for the defaults.
 
@@ -54,12 +54,11 @@ def align_(
         all-reduce of the gradients, and before it one of 2 float64. None for other gradients.
     Sync: none on an accelerator, where gradients that some ranks lack become NaN instead.
     """
-    sharded = list({id(p): p for p in params if isinstance(p, DTensor)}.values())
-    odd = [p for p in sharded if _is_odd(p)]
+    odd = [p for p in params if _is_odd(p)]
     summed = [p for p in odd if _partial_axes(p)]
     sums = dict.fromkeys(_Sum(p.device_mesh, i, p.dtype) for p in summed for i in _partial_axes(p))
     for what in sums:
-        together = {i: p for i, p in enumerate(sharded) if _belongs(p, what)}
+        together = {i: p for i, p in enumerate(params) if _belongs(p, what)}
         _sum_(together, what, name_of, timeout_s)
     for p in odd:
         grad = _grad(p)
@@ -75,9 +74,9 @@ def _grad(param: DTensor) -> DTensor:
 
 def _is_odd(param: DTensor) -> bool:
     grad = param.grad
-    if not isinstance(grad, DTensor) or grad._spec is param._spec:
+    if not isinstance(grad, DTensor) or grad._spec.placements == param._spec.placements:
         return False
-    return grad.placements != param.placements and grad.device_mesh == param.device_mesh
+    return bool(grad._spec.mesh == param._spec.mesh)
 
 
 def _partial_axes(param: DTensor) -> list[int]:

@@ -242,7 +242,6 @@ class ShardedGradScaler(TorchNames, torch.amp.GradScaler):  # type: ignore[overr
         mistake = self._judge.stages.mistake_in_clipping(listed)
         question = Question("clip_grad_norm_", listed, mistake, max_norm=float(max_norm))
         agreement = self._ask(question)
-        self._judge.clip_(question, agreement)
         if not self._enabled:
             self._judge.settle()
         return agreement.grad_norm

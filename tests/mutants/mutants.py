@@ -24,6 +24,10 @@ _TORCH = "tests/ranks/test_torch_defects.py"
 _STATE = "tests/unit/test_round_trip.py"
 _JOIN = "tests/ranks/test_join_then_raise.py"
 _CLIP = "tests/ranks/test_clipping.py"
+_LAYOUT = "tests/ranks/test_every_layout.py"
+_NORM = f"{_LAYOUT}::test_the_norm_is_that_of_one_process_holding_the_whole_model"
+_TRAIN = f"{_LAYOUT}::test_training_equals_one_process_bit_for_bit_and_skips_together"
+_BAD = "tests/ranks/test_bad_layouts.py"
 _JOB = "tests/conformance/test_whole_job_in_threads.py"
 _SHARDS = "tests/unit/test_shards.py"
 _STAGES = "tests/unit/test_stages.py"
@@ -125,8 +129,8 @@ MUTANTS = [
     Mutant(
         "a gradient that cannot be judged is raised before this rank has joined",
         "shardscale/judge.py",
-        "            except Exception as error:  # noqa",
-        "            except LookupError as error:  # noqa",
+        "        except Exception as error:  # noqa",
+        "        except LookupError as error:  # noqa",
         (f"{_JOIN}::test_where_the_host_reads_the_verdict_all_ranks_raise_at_that_step",),
     ),
     Mutant(
@@ -212,7 +216,7 @@ MUTANTS = [
         """\
             if True:
                 inv_scale = kernels""",
-        (f"{_CLIP}::test_the_norm_is_that_of_one_process_holding_the_whole_model[DDP-2]",),
+        (f"{_NORM}[DDP-2]",),
     ),
     Mutant(
         "a rank without an optimizer does not join",
@@ -283,8 +287,64 @@ MUTANTS = [
     Mutant(
         "who never begins is unscaled by the first scale",
         "shardscale/stages.py",
-        "if self._stamp is None and self._has_begun:",
+        "if self._stamp is None and self.num_begun:",
         "if self._stamp is None:",
         (f"{_STAGES}::test_who_never_begins_is_unscaled_by_the_newest_scale",),
+    ),
+    Mutant(
+        "every rank counts what it holds",
+        "shardscale/layouts.py",
+        "        return known.is_owner\n",
+        "        return True\n",
+        (f"{_NORM}[DDP-2]", f"{_NORM}[HSDP-4]"),
+    ),
+    Mutant(
+        "rank 0 alone counts what it holds",
+        "shardscale/layouts.py",
+        "known.is_owner = owner == members.here",
+        "known.is_owner = members.here == 0",
+        (f"{_NORM}[FSDP2-2]", f"{_NORM}[TP-2]"),
+    ),
+    Mutant(
+        "the first of two replicated mesh axes is counted twice",
+        "shardscale/holders.py",
+        "slice(None) if placement.is_replicate() else at",
+        "slice(None) if placement.is_replicate() and placements[-1].is_replicate() else at",
+        (f"{_NORM}[HSDP-4]",),
+    ),
+    Mutant(
+        "copies of copies are counted by the first of each",
+        "shardscale/layouts.py",
+        "return both, holders[0] if members.here == copies[0] else None",
+        "return both, members.here if members.here == copies[0] else None",
+        (f"{_NORM}[DDP and hand-sharded TP-4]",),
+    ),
+    Mutant(
+        "a Partial gradient is taken as reduced",
+        "shardscale/placements.py",
+        "        message = torch.cat(pieces)\n        comm.all_reduce_sum_(message)\n",
+        "        message = torch.cat(pieces)\n",
+        (f"{_NORM}[TP sequence-2]", f"{_TRAIN}[TP sequence-2]"),
+    ),
+    Mutant(
+        "the norm is summed in float16",
+        "shardscale/kernels/foreach.py",
+        "torch.linalg.vector_norm(flat.double()).square()",
+        "torch.linalg.vector_norm(flat.half()).square()",
+        (f"{_NORM}[DDP-2]", f"{_NORM}[FSDP2-2]"),
+    ),
+    Mutant(
+        "a mesh may reach out of the agreeing group",
+        "shardscale/layouts.py",
+        "    outside = known.layout.ranks - members.ranks\n",
+        "    outside = known.layout.ranks - known.layout.ranks\n",
+        (f"{_BAD}::test_a_mesh_that_reaches_out_of_the_agreeing_group_is_refused",),
+    ),
+    Mutant(
+        "an optimizer of replaced parameters trains nothing, in silence",
+        "shardscale/layouts.py",
+        "            if waiting:\n",
+        "            if not waiting:\n",
+        (f"{_BAD}::test_an_optimizer_of_replaced_parameters_is_refused[step]",),
     ),
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
+import warnings
 
 import pytest
 import torch
@@ -19,6 +20,10 @@ from shardscale import ShardedGradScaler, distinct
 from tests.ranks.models import batch, equal, local, make_net, reference_grads, spoil
 from tests.ranks.models.laid import full
 from tests.ranks.rank import outcome
+
+with warnings.catch_warnings():  # the package scripts functions, of which torch itself warns
+    warnings.simplefilter("ignore")
+    from torch.distributed.optim import ZeroRedundancyOptimizer
 
 INF, NAN = math.inf, math.nan
 SCALE = 8.0
@@ -35,10 +40,10 @@ def norm_of(grads) -> float:
     return math.sqrt(sum(g.double().square().sum().item() for g in grads))
 
 
-def counted_here(scaler) -> dict[str, str]:
-    """Parameter -> what the table says of whether this rank counts it."""
+def counted_by(scaler) -> dict[str, str]:
+    """Parameter -> who counts it, as the table says: ``"rank 0"`` or ``"unknown"``."""
     header, *rows = (re.split(r"\s{2,}", line) for line in scaler.describe().splitlines())
-    return {row[0]: row[header.index("counted here")] for row in rows}
+    return {row[0]: row[header.index("counted by")] for row in rows}
 
 
 def bits(params) -> list[torch.Tensor]:
@@ -47,31 +52,23 @@ def bits(params) -> list[torch.Tensor]:
 
 # --------------------------------------------------------------------------------------------- ZeRO
 
-INNER = {
-    "SGD": (torch.optim.SGD, {"lr": 0.5, "momentum": 0.5}),
-    "AdamW": (torch.optim.AdamW, {"lr": 0.5}),
-    "fused AdamW": (torch.optim.AdamW, {"lr": 0.5, "fused": True}),
+WAYS = {
+    "SGD": (torch.optim.SGD, {"lr": 0.5, "momentum": 0.5}, False),
+    "SGD, parameters in buckets": (torch.optim.SGD, {"lr": 0.5, "momentum": 0.5}, True),
+    "fused AdamW": (torch.optim.AdamW, {"lr": 0.5, "fused": True}, False),
 }
 
 
 def train_with_zero(rank, size):
-    """{(inner optimizer, in buckets): ({check: whether it held}, scale)}."""
-    return {
-        (inner, as_view): train_with_zero_once(rank, size, inner, as_view)
-        for inner in INNER
-        for as_view in (False, True)
-    }
+    """{way: ({check: whether it held}, scale)}."""
+    return {way: train_with_zero_once(rank, size, *WAYS[way]) for way in WAYS}
 
 
-def train_with_zero_once(rank, size, inner, as_view):
-    # Its package warns of torch's own deprecations when it is imported.
-    from torch.distributed.optim import ZeroRedundancyOptimizer
-
+def train_with_zero_once(rank, size, kind, options, in_buckets):
     net, reference = make_net(), make_net()
     model = DistributedDataParallel(net)
-    kind, options = INNER[inner]
     optimizer = ZeroRedundancyOptimizer(
-        model.parameters(), optimizer_class=kind, parameters_as_bucket_view=as_view, **options
+        model.parameters(), optimizer_class=kind, parameters_as_bucket_view=in_buckets, **options
     )
     plain = kind(reference.parameters(), **options)
     scaler = ShardedGradScaler("cpu", init_scale=SCALE, model=model)
@@ -176,7 +173,7 @@ def train_units(rank, size, use_orig_params):
         whole = {n.replace("_fsdp_wrapped_module.", ""): p for n, p in full(model).items()}
     is_step = equal(whole, full(reference))
     found[None] = norm == pytest.approx(expected, rel=ROUNDING), is_step, scaler.get_scale()
-    return found, counted_here(scaler)
+    return found, counted_by(scaler)
 
 
 @pytest.mark.parametrize("use_orig_params", [False, True])
@@ -188,17 +185,14 @@ def test_fsdp1_units_of_different_strategies_are_one_model(ranks, size, use_orig
         for i, (norm_is_right, values_are_right, scale) in enumerate(found.values()):
             assert norm_is_right and values_are_right
             assert scale == SCALE / 2 ** min(i + 1, size)
-    sharded, replicated, hybrid = ["yes"] * size, ["yes"] + ["no"] * (size - 1), []
-    if size == 4:
-        hybrid = ["yes", "yes", "no", "no"]  # the first replica, both its shards
-    for name in results[0][1]:
-        counted = [table[name] for _, table in results]
-        if name.startswith("inner.2") and hybrid:
-            assert counted == hybrid, name
-        elif name.startswith(("a", "inner")):
-            assert counted == replicated, name
-        else:
-            assert counted == sharded, name
+    for rank, (_, table) in enumerate(results):
+        for name, counted in table.items():
+            owner = rank
+            if name.startswith(("a", "inner")):
+                owner = 0
+            if name.startswith("inner.2") and size == 4:
+                owner = rank % 2  # the same shard, in the first replica
+            assert counted == f"rank {owner}", name
 
 
 # ------------------------------------------------------------------------- parameters FSDP1 ignores
@@ -234,7 +228,7 @@ def train_ignored(rank, size, where):
                 dist.all_reduce(p.grad)
         clipped = outcome(lambda s=scaler: s.clip_grad_norm_(optimizer, INF).item())
         own = norm_of(p.grad for p in ignored)
-        found[declared] = clipped, own, counted_here(scaler)
+        found[declared] = clipped, own, counted_by(scaler)
     return found
 
 
@@ -252,21 +246,21 @@ def test_parameters_that_fsdp1_ignores_are_counted_as_declared(ranks, size, wher
     for rank, found in enumerate(results):
         refused, _, table = found["nothing"]
         assert refused.error == "LayoutError"
-        assert "last.weight" in refused.message and "copies=" in refused.message
+        assert "factor (plain)" in refused.message and "copies=" in refused.message
         unknown = [name for name, counted in table.items() if counted == "unknown"]
         assert sorted(unknown) == ["factor", "last.bias", "last.weight"]
         for declared, expected in (("replicated", whole), ("distinct", each)):
             clipped, _, table = found[declared]
             assert clipped.value == pytest.approx(expected, rel=ROUNDING), clipped.message
-            yes = "yes" if declared == "distinct" or rank == 0 else "no"
-            assert [table[name] for name in unknown] == [yes] * 3
+            owner = rank if declared == "distinct" else 0
+            assert [table[name] for name in unknown] == [f"rank {owner}"] * 3
 
 
 # --------------------------------------------------------------- several optimizers, one joint clip
 
 CLIPS = [(0.5, False, None), (0.5, True, None), (INF, False, None)]
 BAD_PARTS = [(0.5, False, "ddp"), (0.5, True, "fsdp2"), (INF, False, "by hand")]
-"""Largest norm, whether `unscale_` comes first, and which part gets a NaN on the last rank."""
+"""Largest norm, whether `unscale_` comes first, and which part gets a NaN on one rank."""
 
 
 def clip_jointly(rank, size):
@@ -292,14 +286,14 @@ def clip_jointly_once(rank, size, max_norm, unscales_first, bad_part):
         dist.all_reduce(p.grad)
         p.grad /= size
     if bad_part:
-        spoil(parts[bad_part], rank, size - 1, NAN)
+        spoil(parts[bad_part], rank, size // 2, NAN)
     if unscales_first:
         scaler.unscale_(optimizers)
     norm = scaler.clip_grad_norm_(optimizers, max_norm).item()
     scaler.step(optimizers)
     scaler.update()
     unmoved = all(map(torch.equal, before, bits(net.parameters())))
-    return norm, unmoved, full(net), scaler.get_scale(), counted_here(scaler)
+    return norm, unmoved, full(net), scaler.get_scale(), counted_by(scaler)
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])
@@ -323,7 +317,7 @@ def test_optimizers_of_different_layouts_are_clipped_jointly_as_torch_clips(rank
                 if max_norm == INF:
                     assert torch.equal(whole[name], p.detach())
             for name, counted in table.items():
-                assert (counted == "yes") == (rank == 0 or name.startswith("fsdp2")), name
+                assert counted == f"rank {rank if name.startswith('fsdp2') else 0}", name
 
 
 # ---------------------------------------------------------------------- many layouts, one optimizer
@@ -387,7 +381,7 @@ def mix(rank, size):
             skipped = scaler.verdict(optimizer).found_inf.item() == 1.0
             unmoved[order, bad] = skipped, bad and local(model[bad[0]]).numel() > 0
             scaler.update(SCALE)
-    return expected, norms, unmoved, counted_here(scaler)
+    return expected, norms, unmoved, counted_by(scaler)
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])
@@ -400,15 +394,15 @@ def test_plain_and_sharded_parameters_of_many_meshes_in_any_order(ranks, size):
         for order, bad in verdicts:
             on_bad_rank = results[bad[1]][2][order, bad][1] if bad else False
             assert verdicts[order, bad][0] == on_bad_rank, (order, bad)
-        outer, inner = divmod(rank, size // 2) if size % 2 == 0 else (0, rank)
+        width = size // 2 if size % 2 == 0 else size
         owners = {
-            "shard": True,
-            "replica": rank == 0,
-            "shard of shards": True,
-            "shard of replicas": outer == 0,
-            "replica of shards": inner == 0,
-            "plain replica": rank == 0,
-            "plain, of this rank": True,
-            "on a sub-mesh": outer == 0,
+            "shard": rank,
+            "replica": 0,
+            "shard of shards": rank,
+            "shard of replicas": rank % width,
+            "replica of shards": rank - rank % width,
+            "plain replica": 0,
+            "plain, of this rank": rank,
+            "on a sub-mesh": rank % width,
         }
-        assert table == {name: "yes" if owners[name] else "no" for name in table}
+        assert table == {name: f"rank {owners[name]}" for name in table}

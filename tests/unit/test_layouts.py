@@ -159,6 +159,7 @@ def test_describe_is_a_table():
     scaler = ShardedGradScaler("cpu", model=nn.Linear(3, 2))
     scaler.attach(keep := model_of(5))
     keep.scalar = nn.Parameter(torch.tensor(1.0))
+    keep.frozen = nn.Parameter(torch.ones(2, 3), requires_grad=False)
     scaler.attach(keep)
     rows = [line.split("  ") for line in scaler.describe().splitlines()]
     table = [[cell.strip() for cell in row if cell.strip()] for row in rows]
@@ -166,6 +167,7 @@ def test_describe_is_a_table():
         ["parameter", "local shape", "layout", "held by", "counted by", "kernel"],
         ["layers.0", "5", "plain", "rank 0", "rank 0", "foreach"],
         ["scalar", "scalar", "plain", "rank 0", "rank 0", "foreach"],
+        ["frozen", "2x3", "plain", "rank 0", "nobody: frozen", "foreach"],
     ]  # the linear layer was dropped at once
 
 

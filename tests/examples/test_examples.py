@@ -1,0 +1,110 @@
+"""The examples do what they say: same losses and norms as one process, one step skipped by all."""
+
+from __future__ import annotations
+
+import math
+import os
+import runpy
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from tests.examples.play import EXAMPLES, NAMES, Printed, play, read
+from tests.examples.tables import PAGE, RANKS, names_in, with_tables
+
+ROOT = EXAMPLES.parent
+SKIPS_THE_THIRD = ["stepped", "stepped", "skipped", "stepped", "stepped"]
+ROUNDING = 1e-3
+"""Relative: float16 carries eleven bits, and a rounding of 2^-12 in each of many terms averages
+out. The smallest parameter that could be counted twice unnoticed is 0.2 % of the squared norm."""
+
+
+@pytest.fixture(scope="module")
+def printed(ranks) -> Callable[[str, int], Printed]:
+    """What an example printed on so many ranks; each is run once."""
+    known: dict[tuple[str, int], Printed] = {}
+
+    def get(name: str, size: int) -> Printed:
+        if (name, size) not in known:
+            known[name, size] = play(ranks, name, size)
+        return known[name, size]
+
+    return get
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_rank_takes_four_steps_and_skips_one(printed, name):
+    found = printed(name, RANKS)
+    assert found.outcomes == SKIPS_THE_THIRD
+    assert found.ranks == [(4, 2.0**15)] * RANKS
+    assert not math.isfinite(found.norms[2])
+    assert found.losses[-1] < found.losses[0]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_losses_and_norms_are_those_of_one_process(printed, name):
+    """One rank holds the whole model and sees the whole batch: nothing there is counted twice."""
+    found, alone = printed(name, RANKS), printed(name, 1)
+    assert alone.ranks == [(4, 2.0**15)]
+    for step, outcome in enumerate(SKIPS_THE_THIRD):
+        if outcome == "stepped":
+            assert found.losses[step] == pytest.approx(alone.losses[step], rel=ROUNDING)
+            assert found.norms[step] == pytest.approx(alone.norms[step], rel=ROUNDING)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_example_is_short_and_says_how_it_is_started(name):
+    lines = (EXAMPLES / f"{name}.py").read_text().splitlines()
+    assert len(lines) <= 90
+    assert f"    torchrun --nproc-per-node {RANKS} examples/{name}.py" in lines
+
+
+def test_the_page_shows_the_table_of_each_example(printed):
+    """After a change of `describe()`: python -m tests.examples.tables."""
+    page = PAGE.read_text()
+    assert sorted(names_in(page)) == NAMES
+    assert with_tables(page, {name: printed(name, RANKS).table for name in NAMES}) == page
+
+
+def test_the_picture_is_what_its_script_draws():
+    path = ROOT / "docs" / "_static" / "meshes.py"
+    script = runpy.run_path(str(path))
+    assert script["PICTURE"].read_text() == script["picture"]()
+
+
+def torchrun(name: str, num_ranks: int) -> Printed:
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    done = subprocess.run(
+        [*start, str(num_ranks), f"examples/{name}.py"],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=100,
+    )
+    assert done.returncode == 0, done.stderr
+    return read(done.stdout)
+
+
+def test_torchrun_starts_them(printed):
+    """One of them, because starting takes longest; the others differ in what `main` does."""
+    found, forked = torchrun("fsdp2", 2), printed("fsdp2", RANKS)
+    assert found.outcomes == SKIPS_THE_THIRD
+    assert found.ranks == [(4, 2.0**15)] * 2
+    assert found.losses == pytest.approx(forked.losses, rel=ROUNDING, nan_ok=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA or ROCm device")
+@pytest.mark.parametrize("name", NAMES)
+def test_they_train_on_gpus(printed, name):
+    """On 4, 2 or 1 of them, over NCCL; the norms of float16 are those of the CPU."""
+    num_ranks = max(n for n in (1, 2, 4) if n <= torch.cuda.device_count())
+    found, alone = torchrun(name, num_ranks), printed(name, 1)
+    assert found.outcomes == SKIPS_THE_THIRD
+    assert found.ranks == [(4, 2.0**15)] * num_ranks
+    assert found.norms[0] == pytest.approx(alone.norms[0], rel=5 * ROUNDING)
