@@ -3,100 +3,169 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from job import on_ranks
 from parameters import NoStep, sharded
 from side_by_side import Row
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch import nn
+from torch.amp import GradScaler
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler as TorchShardedGradScaler
 from torch.distributed.tensor import Shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import shardscale
 from shardscale import ShardedGradScaler
 
 __all__ = ["rows"]
 
 NAMESPACES = ("c10d", "_c10d_functional", "_c10d_functional_autograd")
 NOT_SENT = ("wait_tensor", "_wrap_tensor_autograd")
+CALLS = ("unscale_", "unscale_ + clip_grad_norm_")
+
+
+class Laid(NamedTuple):
+    """A model with gradients, as one rank holds it."""
+
+    model: nn.Module
+    copies: Callable[..., Any] | None = None  # for ours, what the layout does not tell
+    peer: type = GradScaler
+    torch_clip: Callable[[float], Any] | None = None  # None: torch.nn.utils.clip_grad_norm_
 
 
 def rows() -> list[Row]:
-    """The flag alone, and with the norm, on FSDP2 over a 2-D mesh and on FSDP1."""
+    """The flag alone, and with the norm, on every way to lay a model out."""
     found: list[Row] = []
-    for layout, size, case in (
-        ("FSDP2, 2 dtypes on a 2-D mesh, 4 ranks", 4, count_fsdp2),
-        ("FSDP1, 2 ranks", 2, count_fsdp1),
-    ):
-        theirs, ours = (on_ranks(case, size, is_ours)[0] for is_ours in (False, True))
-        for call in ours:
-            of_torch, note = theirs[call], ""
+    for layout, (size, lay, note) in LAYOUTS.items():
+        theirs, ours = (on_ranks(count_both, size, lay, is_ours)[0] for is_ours in (False, True))
+        for call in CALLS:
+            notes = [note] if note else []
+            of_torch = theirs[call]
             if isinstance(of_torch, str):
-                of_torch, note = None, f"torch: {of_torch}"
-            what = f"collectives of {call}, {layout}"
-            found.append(Row(what, "", ours[call], of_torch, None, "", "1", ours[call] == 1, note))
+                notes.append(f"torch: {of_torch}")
+                of_torch = "fails"
+            found.append(
+                Row(
+                    f"collectives of {call}, {layout}, {size} ranks",
+                    "",
+                    ours[call],
+                    of_torch,
+                    None,
+                    "",
+                    "1",
+                    ours[call] == 1,
+                    "; ".join(notes),
+                )
+            )
     return found
 
 
-def count_fsdp2(rank: int, size: int, is_ours: bool) -> dict[str, int | str]:
-    """One float32 and one bfloat16 parameter, each sharded over both dimensions of the mesh."""
+def two_dtypes() -> Laid:
+    """One float32 and one bfloat16 parameter, each sharded over both dimensions of a mesh."""
     mesh = init_device_mesh("cpu", (2, 2))
-    placements = [Shard(0), Shard(0)]
-    params = [
-        *sharded(1, 4, mesh, placements, torch.float32),
-        *sharded(1, 4, mesh, placements, torch.bfloat16),
-    ]
-    return count_both(
-        params,
-        torch.amp.GradScaler,
-        is_ours,
-        lambda: torch.nn.utils.clip_grad_norm_(params, 1.0),
-    )
+    both = [Shard(0), Shard(0)]
+    params = [sharded(1, 4, mesh, both, dtype)[0] for dtype in (torch.float32, torch.bfloat16)]
+    return Laid(nn.ParameterList(params))
 
 
-def count_fsdp1(rank: int, size: int, is_ours: bool) -> dict[str, int | str]:
+def fsdp1() -> Laid:
     """Two units, original parameters."""
-    net = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
+    net = make_net()
     net[0] = FullyShardedDataParallel(net[0], device_id=torch.device("cpu"), use_orig_params=True)
     model = FullyShardedDataParallel(net, device_id=torch.device("cpu"), use_orig_params=True)
-    model(torch.ones(2, 8)).sum().backward()
-    params = list(model.parameters())
-    return count_both(
-        params, TorchShardedGradScaler, is_ours, lambda: model.clip_grad_norm_(1.0), model
-    )
+    return with_grads(Laid(model, None, TorchShardedGradScaler, model.clip_grad_norm_))
+
+
+def hsdp() -> Laid:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    return with_grads(Laid(shard_each_layer(make_net(), mesh)))
+
+
+def tp() -> Laid:
+    return with_grads(Laid(column_and_row(make_net(), init_device_mesh("cpu", (2,)))))
+
+
+def fsdp2_and_tp() -> Laid:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    return with_grads(Laid(shard_each_layer(column_and_row(make_net(), mesh["tp"]), mesh["dp"])))
+
+
+def pp_and_fsdp2() -> Laid:
+    """One layer a stage; which of them gets its gradients from which does not matter here."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", "dp"))
+    stage = nn.Sequential(make_net()[mesh.get_local_rank("pp")])
+    return with_grads(Laid(shard_each_layer(stage, mesh["dp"]), shardscale.distinct))
+
+
+# Name -> (ranks, how to lay the model out, what torch leaves out).
+LAYOUTS: dict[str, tuple[int, Callable[[], Laid], str]] = {
+    "2 dtypes, sharded over a 2-D mesh": (4, two_dtypes, ""),
+    "FSDP1": (2, fsdp1, ""),
+    "HSDP": (4, hsdp, "torch reduces within the ranks of one replica"),
+    "TP, column and row": (2, tp, ""),
+    "FSDP2 and TP": (4, fsdp2_and_tp, ""),
+    "PP and FSDP2": (4, pp_and_fsdp2, "torch reduces within the ranks of one stage"),
+}
+
+
+def make_net() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+
+
+def shard_each_layer(net: nn.Sequential, mesh: DeviceMesh) -> nn.Sequential:
+    for module in (*net, net):
+        fully_shard(module, mesh=mesh)
+    return net
+
+
+def column_and_row(net: nn.Sequential, mesh: DeviceMesh) -> nn.Sequential:
+    parallelize_module(net, mesh, {"0": ColwiseParallel(), "1": RowwiseParallel()})
+    return net
+
+
+def with_grads(laid: Laid) -> Laid:
+    laid.model(torch.ones(2, 8)).sum().backward()
+    return laid
 
 
 def count_both(
-    params: list[Any],
-    torch_class: type,
-    is_ours: bool,
-    torch_clip: Callable[[], object],
-    model: torch.nn.Module | None = None,
+    rank: int, size: int, lay: Callable[[], Laid], is_ours: bool
 ) -> dict[str, int | str]:
     """Collectives of ``unscale_``, and of unscaling and clipping, each with a new scaler."""
+    laid = lay()
+    params = list(laid.model.parameters())
     found: dict[str, int | str] = {}
-    for clips in (False, True):
+    for name in CALLS:
         optimizer = NoStep(params)
-        scaler: Any = (ShardedGradScaler if is_ours else torch_class)("cpu", init_scale=1.0)
-        if is_ours and model is not None:
-            scaler.attach(model)
+        scaler: Any = (ShardedGradScaler if is_ours else laid.peer)("cpu", init_scale=1.0)
+        if is_ours:
+            scaler.attach(laid.model, copies=laid.copies)
         scaler.scale(torch.ones(()))
 
-        def call(clips: bool = clips, scaler: Any = scaler, optimizer: Any = optimizer) -> None:
+        def call(clips: bool = "clip" in name, scaler: Any = scaler, of: Any = optimizer) -> None:
             if is_ours and clips:
-                scaler.clip_grad_norm_(optimizer, 1.0)
+                scaler.clip_grad_norm_(of, 1.0)
                 return
-            scaler.unscale_(optimizer)
-            if clips:
-                torch_clip()
+            scaler.unscale_(of)
+            if clips and laid.torch_clip is not None:
+                laid.torch_clip(1.0)
+            elif clips:
+                torch.nn.utils.clip_grad_norm_(params, 1.0)
 
-        name = "unscale_ + clip_grad_norm_" if clips else "unscale_"
         try:
             found[name] = count(call)
-        except RuntimeError as error:
+        except (RuntimeError, ValueError, AssertionError) as error:
+            if is_ours:
+                raise
             found[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
     return found
 

@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement
 
+from shardscale import ShardedGradScaler
+
 __all__ = ["FusedNoStep", "NoStep", "iteration", "plain", "sharded"]
 
 
@@ -51,26 +53,46 @@ def sharded(
     for _ in range(num):
         local = torch.ones(numel, dtype=dtype)
         p = torch.nn.Parameter(DTensor.from_local(local, mesh, placements, run_check=False))
-        p.grad = DTensor.from_local(local.clone(), mesh, placements, run_check=False)
+        # FSDP2 gives a gradient its parameter's very layout, not an equal one.
+        p.grad = DTensor(local.clone(), p._spec, requires_grad=False)
         params.append(p)
     return params
 
 
-def iteration(scaler: Any, optimizer: Any, only_unscale: bool = False) -> Callable[[], float]:
+def iteration(
+    scaler: Any, optimizer: Any, max_norm: float | None = None, only_unscale: bool = False
+) -> Callable[[], float]:
     """A function that makes one iteration and returns the seconds of its calls.
 
     Args:
         scaler: torch's or ours; its scale must be 1, so that gradients stay what they are.
         optimizer: What is stepped.
-        only_unscale: Count ``unscale_`` alone; ``step`` and ``update`` are made, but not timed.
+        max_norm: Clip, too: ours in one call, torch's by ``torch.nn.utils.clip_grad_norm_`` after
+            ``unscale_``. The gradients are ones again before the clock starts.
+        only_unscale: Count what comes before ``step`` alone; ``step`` and ``update`` are made, but
+            not timed.
     """
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    grads = [getattr(p.grad, "_local_tensor", p.grad) for p in params]
     scaler.scale(torch.ones(()))
 
+    def unscale() -> None:
+        if max_norm is None:
+            scaler.unscale_(optimizer)
+        elif isinstance(scaler, ShardedGradScaler):
+            scaler.clip_grad_norm_(optimizer, max_norm)
+        else:
+            scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_(params, max_norm)
+
     def run() -> float:
+        if max_norm is not None:
+            torch._foreach_zero_(grads)
+            torch._foreach_add_(grads, 1.0)
         if dist.is_initialized():
             dist.barrier()
         started = time.perf_counter()
-        scaler.unscale_(optimizer)
+        unscale()
         unscaled = time.perf_counter()
         scaler.step(optimizer)
         scaler.update()

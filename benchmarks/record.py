@@ -81,8 +81,10 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def _number(value: float | None, unit: str) -> str:
+def _number(value: float | str | None, unit: str) -> str:
     if value is None:
         return "–"
-    digits = 0 if unit == "" or value >= 100 else 1 if value >= 1 else 3
+    if isinstance(value, str):
+        return value
+    digits = 0 if unit == "" or abs(value) >= 100 else 1 if abs(value) >= 1 else 3
     return f"{value:.{digits}f} {unit.replace('us', 'µs')}".rstrip()

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 __all__ = ["Row", "compare", "in_turns", "quantile"]
+
+Name = TypeVar("Name")
 
 
 class Row(NamedTuple):
     """One line of a result: a number of ours, torch's beside it, and what was hoped for."""
 
     what: str
-    unit: str  # "us", "MiB" or "" for a count
+    unit: str  # "us", "MiB", "x" or "" for a count
     ours: float
-    theirs: float | None
+    theirs: float | str | None  # a word where torch has no number, None where nothing is compared
     ratio: tuple[float, float, float] | None  # median, p20, p80 of what `of` names, round by round
     of: str  # "torch / ours", "ours / torch"; empty where no ratio is meant
     goal: str
@@ -23,15 +25,15 @@ class Row(NamedTuple):
     note: str = ""
 
 
-def in_turns(ways: Mapping[str, Callable[[], float]], num_rounds: int) -> dict[str, list[float]]:
+def in_turns(ways: Mapping[Name, Callable[[], float]], num_rounds: int) -> dict[Name, list[float]]:
     """Seconds of each way in each round; every second round runs them in reverse order.
 
     Args:
         ways: By name, a function that does the thing once and returns the seconds that counted.
-        num_rounds: Rounds that are kept; a tenth as many come first and are not.
+        num_rounds: Rounds that are kept; a tenth as many, at least one, come first and are not.
     """
-    taken: dict[str, list[float]] = {name: [] for name in ways}
-    num_warm = max(3, num_rounds // 10)
+    taken: dict[Name, list[float]] = {name: [] for name in ways}
+    num_warm = max(1, num_rounds // 10)
     for i in range(num_warm + num_rounds):
         names = list(ways) if i % 2 else list(reversed(ways))
         for name in names:

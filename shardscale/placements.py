@@ -74,9 +74,10 @@ def _grad(param: DTensor) -> DTensor:
 
 def _is_odd(param: DTensor) -> bool:
     grad = param.grad
-    if not isinstance(grad, DTensor) or grad._spec.placements == param._spec.placements:
+    if not isinstance(grad, DTensor) or grad._spec is param._spec:
         return False
-    return bool(grad._spec.mesh == param._spec.mesh)
+    found, wanted = grad._spec, param._spec
+    return bool(found.placements != wanted.placements and found.mesh == wanted.mesh)
 
 
 def _partial_axes(param: DTensor) -> list[int]:

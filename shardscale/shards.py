@@ -62,7 +62,8 @@ def local_shards(
         params, grads = [p for p, _ in once.values()], [g for _, g in once.values()]
     if kinds == {DTensor}:
         for p, g in zip(params, grads, strict=True):
-            _require_same_placements(p, g, name_of)
+            if getattr(p, "_spec", None) is not g._spec:
+                _require_same_placements(p, g, name_of)
         grads = [g._local_tensor for g in grads]
         kinds = set(map(type, grads))
     if not (kinds <= {Tensor} and _are_plain(grads)):

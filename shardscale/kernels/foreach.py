@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from itertools import chain
 from operator import attrgetter
 from typing import cast
 
@@ -173,12 +172,15 @@ def _batches(group: list[Tensor]) -> Iterator[list[Tensor]]:
     """All elements of all gradients, at most ``_CHUNK`` at a time."""
     batch: list[Tensor] = []
     room = _CHUNK
-    for piece in chain.from_iterable(map(_pieces, group)):
-        if piece.numel() > room:
+    for g, numel in zip(group, map(Tensor.numel, group), strict=True):
+        if numel > room and batch:
             yield batch
             batch, room = [], _CHUNK
-        batch.append(piece)
-        room -= piece.numel()
+        if numel > _CHUNK:
+            yield from ([piece] for piece in _pieces(g))
+        else:
+            batch.append(g)
+            room -= numel
     if batch:
         yield batch
 

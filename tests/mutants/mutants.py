@@ -347,4 +347,33 @@ MUTANTS = [
         "            if not waiting:\n",
         (f"{_BAD}::test_an_optimizer_of_replaced_parameters_is_refused[step]",),
     ),
+    Mutant(
+        "a wrapped loss is a view",
+        "shardscale/outputs.py",
+        "        return loss.clone()",
+        "        return loss.view_as(loss)",
+        ("tests/ranks/test_pipelines.py::test_a_scheduled_pipeline_is_one_process[ZBV-alone-2]",),
+    ),
+    Mutant(
+        "the host reads a factor that has not arrived",
+        "shardscale/kernels/foreach.py",
+        """\
+        factor = inv_scale.to(device, non_blocking=device.type != "cpu")
+        if _amp_op_knows""",
+        """\
+        factor = inv_scale.to(device, non_blocking=True)
+        if _amp_op_knows""",
+        (
+            "tests/ranks/test_devices.py::test_a_scale_elsewhere_trains_what_lies_on_the_host_as_one_process_would[DDP-2]",
+        ),
+    ),
+    Mutant(
+        "ranks sum what not all of them have",
+        "shardscale/placements.py",
+        "        if intent.is_cpu and differs:\n",
+        "        if intent.is_cpu and not differs and comm.size == 0:\n",
+        (
+            "tests/ranks/test_tensor_parallel.py::test_a_gradient_that_cannot_be_summed_is_an_error_on_every_rank",
+        ),
+    ),
 ]

@@ -131,29 +131,36 @@ def first_step(optimizer_name, num_batches):
     return norm, {name: p.detach() for name, p in net.named_parameters()}
 
 
+BESIDE = {
+    "alone": {},
+    "DDP": {"num_pipes": 2, "beside": replicated},
+    "FSDP2": {"num_pipes": 2, "beside": sharded},
+}
+
+
 @pytest.mark.parametrize(
-    ("name", "size", "options"),
+    ("name", "beside", "size"),
     [
-        ("GPipe", 5, {}),  # rank 2 holds a ReLU, and no optimizer
-        ("1F1B", 4, {}),
-        ("interleaved 1F1B", 2, {}),
-        ("looped BFS", 2, {}),
-        ("zero bubble", 2, {}),
-        ("ZBV", 2, {}),
-        ("DualPipeV", 2, {}),
-        ("interleaved 1F1B", 4, {"num_pipes": 2, "beside": replicated}),
-        ("zero bubble", 4, {"num_pipes": 2, "beside": sharded}),
+        ("GPipe", "alone", 5),  # rank 2 holds a ReLU, and no optimizer
+        ("1F1B", "alone", 4),
+        ("interleaved 1F1B", "alone", 2),
+        ("looped BFS", "alone", 2),
+        ("zero bubble", "alone", 2),
+        ("ZBV", "alone", 2),
+        ("DualPipeV", "alone", 2),
+        ("interleaved 1F1B", "DDP", 4),
+        ("zero bubble", "FSDP2", 4),
     ],
 )
-def test_a_scheduled_pipeline_is_one_process(ranks, name, size, options):
+def test_a_scheduled_pipeline_is_one_process(ranks, name, beside, size):
     """Contract 40, 42, 43, 45: see the name.
 
     Losses equal those without a scaler and gradients are scaled, bit for bit, on all stages; an Inf
     on any of them is skipped by all; only the rank of the last one ever sees a loss. Bitwise,
     because scales are powers of two and, in the first step, all numbers whole.
     """
-    num_pipes = options.get("num_pipes", 1)
-    results = ranks.run(train, size, name=name, **options)
+    num_pipes = BESIDE[beside].get("num_pipes", 1)
+    results = ranks.run(train, size, name=name, **BESIDE[beside])
     for optimizer_name in OPTIMIZERS:
         norm, params = first_step(optimizer_name, num_pipes)
         all_found = [result[optimizer_name] for result in results]
@@ -249,7 +256,7 @@ def scales_until_finite(dtype):
         scales.append(scales[-1] / 2)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_one_micro_batch_that_overflows_alone_is_a_skip(ranks, dtype):
     """Contract 40, 43: in float16 the loss has 16 bits, too, and keeps its dtype and value."""
     expected = scales_until_finite(dtype)

@@ -261,7 +261,7 @@ MISSED = {
 }
 
 
-@pytest.mark.parametrize("shape", MISSED)
+@pytest.mark.parametrize("shape", MISSED, ids=str)
 def test_a_rank_without_gradients_that_others_sum_stops_all_within_the_timeout(ranks, shape):
     """Contract 47: which of them is wrong nobody can tell; nothing moves anywhere."""
     results = ranks.run(meet_faults, 4, faults=["no gradient"], shape=shape)

@@ -45,7 +45,7 @@ class Layout(NamedTuple):
     """A way to lay the network out over the ranks."""
 
     lay: Callable[..., Laid]
-    """``lay(size, dtype)``, called on each of ``size`` ranks; parameters and data have ``dtype``."""
+    """``lay(size, dtype)``, called on each of ``size`` ranks; the dtype is that of parameters."""
     sizes: tuple[int, ...]
     """The numbers of ranks to test it on."""
 
