@@ -8,9 +8,10 @@ from shardscale.records import Call
 
 __all__ = ["account", "explain"]
 
+_GO_ON = "load the same state_dict everywhere to go on"
 _CURE = (
     "Make the same calls with the same arguments on every rank, build the scaler alike on all of "
-    "them, and load the same state_dict everywhere to go on."
+    f"them, and {_GO_ON}."
 )
 
 
@@ -43,15 +44,16 @@ def explain(accounts: Sequence[object], rank: int) -> str:
     """
     told = {r: a for r, a in enumerate(accounts) if isinstance(a, dict)}
     silent = [r for r in range(len(accounts)) if r not in told]
-    parts = [
-        f"rank {r} raised {a['error']}" for r, a in told.items() if a["error"] is not None
-    ] or _differences(told)
+    faults = {r: str(a["error"]) for r, a in told.items() if a["error"] is not None}
+    parts = [f"rank {r} raised {error.rstrip('.')}" for r, error in faults.items()]
+    parts = parts or _differences(told)
     if silent:
         parts.append(f"{_ranks(silent)} did not answer")
     if not parts:
         parts.append("their earlier verdicts had different bits, or they drifted apart before")
     head = f"rank {rank} of {len(accounts)}: the ranks disagree, so no rank moved its parameters"
-    return f"{head}. {'; '.join(parts)}. {_CURE}"
+    cure = f"Mend the error of {_ranks([*faults])}, and {_GO_ON}." if faults else _CURE
+    return f"{head}. {'; '.join(parts)}. {cure}"
 
 
 def _differences(told: dict[int, dict[str, object]]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch.distributed as dist
@@ -10,7 +11,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 from torch.distributed.fsdp._init_utils import HYBRID_SHARDING_STRATEGIES
 from torch.distributed.tensor import DTensor
 
-__all__ = ["Layout", "layout_of", "wrappers_of"]
+__all__ = ["Layout", "clean_names", "layout_of", "unsharded_shapes", "wrappers_of"]
 
 
 class Layout(NamedTuple):
@@ -21,6 +22,7 @@ class Layout(NamedTuple):
     ranks: frozenset[int]  # those of them that it names: all, or for HYBRID this rank's two groups
     holders: tuple[int, ...]  # those that hold the same piece as this rank, the first counts it;
     # empty for this rank alone
+    spec: object = None  # of a DTensor: its mesh and placements
 
 
 def layout_of(param: Tensor, wrapper: Any) -> Layout:
@@ -58,6 +60,33 @@ def wrappers_of(model: nn.Module) -> dict[int, Any]:
     return found
 
 
+def unsharded_shapes(wrappers: Iterable[Any]) -> set[tuple[int, ...]]:
+    """The shapes that the parameters of FSDP1 units had before these were made."""
+    handles = [unit._handle for unit in wrappers if isinstance(unit, FullyShardedDataParallel)]
+    return {tuple(shape) for handle in handles if handle for shape in handle.flat_param._shapes}
+
+
+def clean_names(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """All parameters, each once, named as in the model that was wrapped."""
+    ddp = {
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.parallel.DistributedDataParallel)
+    }
+    for name, param in model.named_parameters():
+        parts = name.split(".")
+        # "module" is what DDP calls the model within.
+        kept = [
+            part
+            for i, part in enumerate(parts)
+            if part not in _WRAPPER_NAMES and not (part == "module" and ".".join(parts[:i]) in ddp)
+        ]
+        yield ".".join(kept), param
+
+
+_WRAPPER_NAMES = {"_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module"}
+
+
 def _on_a_mesh(param: DTensor) -> Layout:
     mesh, placements = param.device_mesh, param.placements
     everyone: list[int] = mesh.mesh.flatten().tolist()
@@ -71,7 +100,9 @@ def _on_a_mesh(param: DTensor) -> Layout:
             for at, placement in zip(coordinate, placements, strict=True)
         )
         holders = mesh.mesh[here].flatten().tolist()
-    return Layout(f"DTensor {placements}", len(everyone), frozenset(everyone), tuple(holders))
+    kind = f"DTensor {placements}"
+    spec = (mesh, placements)
+    return Layout(kind, len(everyone), frozenset(everyone), tuple(holders), spec)
 
 
 def _in_fsdp1(unit: Any) -> Layout:

@@ -26,6 +26,9 @@ from shardscale.stages import Stages
 
 __all__ = ["Judge", "Question"]
 
+# How long a rank that is about to raise waits for others that are there to hear of it.
+_PATIENCE_S = 5.0
+
 
 class Question(NamedTuple):
     """What a method of the scaler wants judged."""
@@ -167,10 +170,14 @@ class Judge:
     def _agree(
         self, stats: ShardStats, call: Call, comm: Communicator, fault: Exception | None
     ) -> Agreement:
+        if fault is not None:
+            comm = self.bond.impatient()
         try:
             return verdict.agree(stats, call, comm, self._previous, fault is not None)
         except MissingRankError as missing:
             if fault is not None:
+                # They may have met this rank's fault in a sum of Partial gradients already.
+                self._answer(drift.account(call, fault), _PATIENCE_S)
                 raise fault from missing
             # The others may be missing because they have read a disagreement that this rank, with
             # other optimizers, has not: then that is what there is to tell.
@@ -284,16 +291,25 @@ class Judge:
         if not others_differ:
             self.ledger.read(agreement)
             return
+        # Those that read it at once come to hear of it now. Those that read it late do so at their
+        # next update, and may first wait for this rank in a collective of the model.
         is_late = bool(question.optimizers) and all(map(is_fused, question.optimizers))
         if self.sync or not is_late:
             self.ledger.read(agreement)
-            self._disagreement(unread)
-            return
-        # The others read it at their next update. This rank may not live to see that one.
-        comm = self.bond.communicator() or Solo()
-        account = drift.account(call, fault)
-        threading.Thread(target=comm.all_gather_object, args=(account,), daemon=True).start()
+            self._answer(drift.account(call, fault), _PATIENCE_S)
+        else:
+            self._answer(drift.account(call, fault), 0.0)
         self._told[id(agreement)] = (agreement, fault)
+
+    def _answer(self, account: dict[str, object], patience_s: float) -> None:
+        """Tell the others what this rank is about to raise; wait a while for them to have read it.
+
+        Their question comes whenever they read the verdict, which this rank may not live to see.
+        """
+        comm = self.bond.communicator() or Solo()
+        thread = threading.Thread(target=comm.all_gather_object, args=(account,), daemon=True)
+        thread.start()
+        thread.join(patience_s)
 
     def _disagreement(self, unread: Unread) -> Exception:
         """The error of a verdict in which the ranks did not belong together; gathered once."""

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import operator
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from shardscale.comm import Members
-from shardscale.errors import LayoutError
-from shardscale.holders import Layout, layout_of, wrappers_of
+from shardscale.errors import ConfigError, LayoutError
+from shardscale.holders import (
+    Layout,
+    clean_names,
+    layout_of,
+    unsharded_shapes,
+    wrappers_of,
+)
 
 __all__ = ["Copies", "Layouts", "distinct"]
 
-Copies = Callable[[str, Tensor], "dist.ProcessGroup | Iterable[int] | None"]
+Copies = Callable[[str, Tensor], "dist.ProcessGroup | DeviceMesh | Iterable[int] | None"]
 
 
 def distinct(name: str, param: Tensor) -> None:
@@ -31,13 +39,24 @@ def distinct(name: str, param: Tensor) -> None:
 class _Known:
     """What is known of one parameter."""
 
-    ref: weakref.ref[Tensor]  # an id may be taken again once the parameter is dropped
     name: str
     layout: Layout
-    is_attached: bool
+    # What tells that an id was not taken again: the parameter itself; or for a DTensor the module
+    # that has it, because torch cannot move a model to another device or dtype while there is a
+    # weak reference to one of its DTensors. Neither for a parameter of no attached model.
+    ref: weakref.ref[Tensor] | None = None
+    module: weakref.ref[nn.Module] | None = None
     copies: Copies | None = None
     is_owner: bool | None = None  # None: not asked yet
     is_summed: bool = False  # its gradient was Partial
+
+    def is_of(self, param: Tensor) -> bool:
+        """Whether this is still about the parameter with that id."""
+        if self.ref is not None:
+            return self.ref() is param
+        if self.module is None or self.module() is None or not isinstance(param, DTensor):
+            return False
+        return self.layout.spec == (param._spec.mesh, param._spec.placements)
 
 
 class Layouts:
@@ -45,35 +64,54 @@ class Layouts:
 
     def __init__(self) -> None:
         self._known: dict[int, _Known] = {}
+        self._loose: list[nn.Module] = []  # lists of parameters that nobody else may keep
+        self._owned: dict[object, bool] = {}  # by mesh and placements, for unattached DTensors
         self._inside: dict[int, object] = {}  # meshes found to be in the group; kept, for their ids
+        self._shapes: set[tuple[int, ...]] = set()  # of attached parameters, before any sharding
         self._is_checked = True  # whether all attached layouts were compared with the group
-        self._is_in_use = True  # whether an optimizer was seen with a parameter that is attached
+        self._is_in_use = True  # whether an optimizer was seen that holds what is attached
 
     def attach(self, model: nn.Module, copies: Copies | None) -> None:
-        """Learn names and layouts of all parameters, as they are now."""
-        wrappers = wrappers_of(model)
-        for name, param in model.named_parameters(remove_duplicate=True):
-            parts = [part for part in name.split(".") if part not in _WRAPPER_NAMES]
-            if isinstance(model, nn.parallel.DistributedDataParallel):
-                parts = parts[1:]  # "module", its name for what it wraps
-            before = self._lookup(param)
-            self._known[id(param)] = _Known(
-                weakref.ref(param),
-                ".".join(parts),
-                layout_of(param, wrappers.get(id(param))),
-                is_attached=True,
-                copies=copies or (before.copies if before else None),
+        """Learn names and layouts of all parameters, as they are now.
+
+        Raises:
+            ConfigError: ``copies`` is no function.
+        """
+        if copies is not None and not callable(copies):
+            raise ConfigError(
+                f"copies is a {type(copies).__name__}, but must be a function of a parameter's "
+                "name and the parameter that returns a process group, ranks, a mesh or None. For "
+                'a mesh, for example: copies=lambda name, param: mesh["tp"].'
             )
+        dropped = [key for key, known in self._known.items() if _is_dropped(known)]
+        for key in dropped:
+            del self._known[key]
+        is_list = isinstance(model, nn.ParameterList | nn.ParameterDict)
+        if is_list and any(isinstance(p, DTensor) for p in model.parameters()):
+            self._loose.append(model)
+        wrappers = wrappers_of(model)
+        modules = {id(p): m for m in model.modules() for p in m._parameters.values()}
+        for name, param in clean_names(model):
+            before = self._lookup(param)
+            known = _Known(name, layout_of(param, wrappers.get(id(param))))
+            known.copies = copies or (before.copies if before else None)
+            if isinstance(param, DTensor):
+                known.module = weakref.ref(modules[id(param)])
+            else:
+                known.ref = weakref.ref(param)
+            self._known[id(param)] = known
+            self._shapes.add(tuple(param.shape))
+        self._shapes |= unsharded_shapes(wrappers.values())
         self._is_checked = self._is_in_use = False
 
     def name_of(self, param: Tensor) -> str:
         """The parameter's name, or its shape where no model was attached."""
-        return self._learn(param).name
+        return self._of(param).name
 
     def mark_summed(self, params: Iterable[Tensor]) -> None:
         """Remember, for ``describe``, that the gradients of these were Partial."""
         for param in params:
-            self._learn(param).is_summed = True
+            self._of(param).is_summed = True
 
     def require_inside(self, sharded: Iterable[DTensor], members: Members) -> None:
         """No rank that holds a part of these, or of an attached model, may decide on its own.
@@ -84,14 +122,14 @@ class Layouts:
         if members.ranks is None:
             return
         if not self._is_checked:
-            for known in self._known.values():
-                if known.ref() is not None:
-                    _require_inside(known, members)
+            for param in self.params():
+                if param.requires_grad:
+                    _require_inside(self._of(param), members)
             self._is_checked = True
         for param in sharded:
             mesh = param._spec.mesh
-            if id(mesh) not in self._inside:
-                _require_inside(self._learn(param), members)
+            if id(mesh) not in self._inside and param.requires_grad:
+                _require_inside(self._of(param), members)
                 self._inside[id(mesh)] = mesh
 
     def require_in_use(self, params: Sequence[Tensor]) -> None:
@@ -101,21 +139,23 @@ class Layouts:
             params: Of all optimizers of a call.
 
         Raises:
-            LayoutError: attached parameters have gradients, and these optimizers none at all.
+            LayoutError: parameters without a gradient look like attached ones, which have a
+                gradient and are in none of these optimizers.
         """
         if self._is_in_use:
             return
-        self._is_in_use = any(self._learn(param).is_attached for param in params)
-        idle = params and all(param.grad is None for param in params)
-        if not self._is_in_use and idle:
-            waiting = [param for param in self.params() if param.grad is not None]
-            if waiting:
-                raise LayoutError(
-                    f"the optimizer holds {len(params)} parameters without a gradient, none of "
-                    f"which belongs to the attached model, while {self.name_of(waiting[0])} there "
-                    "has one. Wrapping has probably replaced the parameters: build the optimizer, "
-                    "and attach the model, after wrapping."
-                )
+        held = set(map(id, params))
+        idle = [param for param in params if param.grad is None and self._lookup(param) is None]
+        stale = [param for param in idle if tuple(param.shape) in self._shapes]
+        waiting = [p for p in self.params() if p.grad is not None and id(p) not in held]
+        if stale and waiting:
+            raise LayoutError(
+                f"{len(stale)} of the {len(params)} parameters in the optimizer have no gradient "
+                f"and belong to no attached model, while {self.name_of(waiting[0])} there has one "
+                "and is in no optimizer of this call. Wrapping has probably replaced the "
+                "parameters: build the optimizer, and attach the model, after wrapping."
+            )
+        self._is_in_use = any(param.grad is not None for param in params)
 
     def is_owner(self, param: Tensor, members: Members) -> bool:
         """Whether this rank counts the gradient in the norm; the group may not change later.
@@ -125,9 +165,14 @@ class Layouts:
         """
         if members.size == 1:
             return True
-        known = self._known.get(id(param))
-        if known is None or known.is_owner is None or known.ref() is not param:
-            known = self._learn(param)
+        known = self._lookup(param)
+        if known is None:
+            key = (param._spec.mesh, param._spec.placements) if isinstance(param, DTensor) else None
+            if key is None or key not in self._owned:
+                _, owner = _holders(self._of(param), param, members)
+                self._owned[key] = owner == members.here
+            return self._owned[key]
+        if known.is_owner is None:
             _, owner = _holders(known, param, members)
             known.is_owner = owner == members.here
         return known.is_owner
@@ -136,7 +181,7 @@ class Layouts:
         """A table: parameter, local shape, layout, who holds it, who counts it, kernel."""
         rows = [("parameter", "local shape", "layout", "held by", "counted by", "kernel")]
         for param in params:
-            known = self._learn(param)
+            known = self._of(param)
             try:
                 holders, owner = _holders(known, param, members)
                 counted = f"rank {owner}" if owner is not None else "another rank"
@@ -157,23 +202,30 @@ class Layouts:
 
     def params(self) -> list[Tensor]:
         """The attached parameters that still exist."""
-        attached = [known.ref() for known in self._known.values() if known.is_attached]
-        return [param for param in attached if param is not None]
+        found = [_find(key, known) for key, known in self._known.items()]
+        return [param for param in found if param is not None]
 
     def _lookup(self, param: Tensor) -> _Known | None:
         known = self._known.get(id(param))
-        return known if known is not None and known.ref() is param else None
+        return known if known is not None and known.is_of(param) else None
 
-    def _learn(self, param: Tensor) -> _Known:
-        known = self._lookup(param)
-        if known is None:
-            name = f"a parameter of shape {tuple(param.shape)}"
-            known = _Known(weakref.ref(param), name, layout_of(param, None), is_attached=False)
-            self._known[id(param)] = known
-        return known
+    def _of(self, param: Tensor) -> _Known:
+        name = f"a parameter of shape {tuple(param.shape)}"
+        return self._lookup(param) or _Known(name, layout_of(param, None))
 
 
-_WRAPPER_NAMES = {"_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module"}
+def _is_dropped(known: _Known) -> bool:
+    ref = known.ref or known.module
+    return ref is None or ref() is None
+
+
+def _find(key: int, known: _Known) -> Tensor | None:
+    """The parameter with that id, if it still is the one that is known."""
+    if known.ref is not None:
+        return known.ref()
+    module = known.module() if known.module is not None else None
+    params = module._parameters.values() if module is not None else ()
+    return next((p for p in params if id(p) == key and p is not None and known.is_of(p)), None)
 
 
 def _require_inside(known: _Known, members: Members) -> None:
@@ -212,13 +264,20 @@ def _holders(known: _Known, param: Tensor, members: Members) -> tuple[str, int |
         return _ranks(holders), holders[0]
     if layout.num_ranks == members.size:
         return _ranks(holders), holders[0]
-    why = "" if known.is_attached else "is not a parameter of an attached model and "
+    start = f"rank {members.rank} of {members.size}: the norm cannot be told, because {known.name}"
+    few = f"speaks of {layout.num_ranks} of the group's {members.size} ranks"
+    if known.ref is None and known.module is None:
+        raise LayoutError(
+            f"{start} ({layout.kind}) is not a parameter of an attached model and {few}. Call "
+            "scaler.attach(model) with the model as it is wrapped for training; if it was attached "
+            "before, its parameters have been replaced since."
+        )
     raise LayoutError(
-        f"rank {members.rank} of {members.size}: the norm cannot be told, because {known.name} "
-        f"({layout.kind}) {why}speaks of {layout.num_ranks} of the group's {members.size} ranks, "
-        "and the others may hold copies of it or other parameters. Call scaler.attach(model) with "
-        "the model as it is wrapped for training; if that does not settle it, declare it with "
-        "attach(model, copies=shardscale.distinct) or a function."
+        f"{start} ({layout.kind}) {few}, and the others may hold copies of it or other parameters. "
+        "Say which with scaler.attach(model, copies=...), the model wrapped as for training: "
+        "shardscale.distinct if they hold other parameters (pipeline stages, experts, shards made "
+        "by hand), a function that returns the group if they hold copies (layers outside a "
+        "tensor-parallel plan)."
     )
 
 
@@ -228,22 +287,43 @@ def _copies(known: _Known, param: Tensor, members: Members) -> Sequence[int]:
     declared = known.copies(known.name, param)
     if declared is None:
         return [members.here]
-    if isinstance(declared, dist.ProcessGroup):
-        declared = dist.get_process_group_ranks(declared)
-    ranks = sorted(set(declared))
+    ranks = _as_ranks(declared)
+    start = f"rank {members.here}: copies= says"
+    if ranks is None:
+        raise LayoutError(
+            f"{start} {declared!r} for {known.name}, but must return a process group that this "
+            "rank is in, ranks, a mesh, or None for nowhere else."
+        )
+    start = f"{start} that {known.name} is held by {_ranks(ranks)},"
     if members.here not in ranks:
         raise LayoutError(
-            f"rank {members.here}: copies= says that {known.name} is held by {_ranks(ranks)}, "
-            "which leaves out this rank. Return the ranks that hold it, this one included, or None "
-            "for nowhere else."
+            f"{start} which leaves out this rank. Return the ranks that hold it, this one "
+            "included, or None for nowhere else."
         )
     if members.ranks is not None and not members.ranks.issuperset(ranks):
         raise LayoutError(
-            f"rank {members.here}: copies= says that {known.name} is held by {_ranks(ranks)}, but "
-            f"this scaler agrees with {_ranks(members.ranks)} only. Return ranks of that group, or "
-            "make the scaler with a process_group= of all of them."
+            f"{start} but this scaler agrees with {_ranks(members.ranks)} only. Return ranks of "
+            "that group, or make the scaler with a process_group= of all of them."
+        )
+    others = known.layout.ranks - set(known.layout.holders) - {members.here}
+    if not others.isdisjoint(ranks):
+        raise LayoutError(
+            f"{start} but its layout, {known.layout.kind}, has other parts on {_ranks(others)}. "
+            "Return only ranks that the layout does not speak of, or None."
         )
     return ranks
+
+
+def _as_ranks(declared: object) -> list[int] | None:
+    """Ranks in the whole job, in order; None if this is no way to name them."""
+    try:
+        if isinstance(declared, dist.ProcessGroup):
+            declared = dist.get_process_group_ranks(declared)
+        if isinstance(declared, DeviceMesh):
+            declared = declared.mesh.flatten().tolist()
+        return sorted({operator.index(rank) for rank in declared}) or None  # type: ignore[attr-defined]
+    except (TypeError, ValueError, KeyError):
+        return None
 
 
 def _ranks(ranks: Iterable[int]) -> str:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Placement, Replicate
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
 from shardscale.comm import ProcessGroupComm
 from shardscale.errors import LayoutError, MissingRankError
@@ -47,7 +47,8 @@ def align_(
         The parameters whose gradient was Partial.
 
     Raises:
-        LayoutError: the ranks of a mesh do not have the same Partial gradients.
+        LayoutError: the ranks of a mesh axis do not have the same Partial gradients, by name, shape
+            and dtype. Without names those of one shape cannot be told apart.
         MissingRankError: ranks of a mesh did not come.
 
     Collective: the ranks of each mesh that has Partial gradients; for each mesh axis and dtype one
@@ -56,10 +57,16 @@ def align_(
     """
     odd = [p for p in params if _is_odd(p)]
     summed = [p for p in odd if _partial_axes(p)]
-    sums = dict.fromkeys(_Sum(p.device_mesh, i, p.dtype) for p in summed for i in _partial_axes(p))
-    for what in sums:
-        together = {i: p for i, p in enumerate(params) if _belongs(p, what)}
-        _sum_(together, what, name_of, timeout_s)
+    sums = [_Sum(p.device_mesh, i, _grad(p).dtype) for p in summed for i in _partial_axes(p)]
+    fault: Exception | None = None
+    for what in dict.fromkeys(sums):
+        together = [p for p in summed if _belongs(p, what)]
+        try:
+            _sum_(together, what, name_of, timeout_s, gives_up=fault is not None)
+        except (LayoutError, MissingRankError) as error:
+            fault = fault or error
+    if fault is not None:
+        raise fault
     for p in odd:
         grad = _grad(p)
         if _is_cut(grad.placements, p.placements):
@@ -83,7 +90,7 @@ def _is_odd(param: DTensor) -> bool:
 def _partial_axes(param: DTensor) -> list[int]:
     """The mesh axes along which the gradient of a replicated parameter is still to be summed."""
     grad = param.grad
-    if not isinstance(grad, DTensor) or grad.dtype != param.dtype:
+    if not isinstance(grad, DTensor):
         return []
     pairs = zip(grad.placements, param.placements, strict=True)
     return [
@@ -95,39 +102,48 @@ def _partial_axes(param: DTensor) -> list[int]:
 
 def _is_cut(found: tuple[Placement, ...], wanted: tuple[Placement, ...]) -> bool:
     pairs = [(f, w) for f, w in zip(found, wanted, strict=True) if f != w]
-    return bool(pairs) and all(f.is_replicate() and w.is_shard() for f, w in pairs)
+    if not pairs or not all(f.is_replicate() and w.is_shard() for f, w in pairs):
+        return False
+    # Where two axes share a dim, to cut along the first one moves what the second has cut.
+    dims = [placement.dim for placement in wanted if isinstance(placement, Shard)]
+    return len(set(dims)) == len(dims)
 
 
 def _belongs(param: DTensor, what: _Sum) -> bool:
-    is_of_it = param.device_mesh == what.mesh and param.dtype == what.dtype
+    is_of_it = param.device_mesh == what.mesh and _grad(param).dtype == what.dtype
     return is_of_it and what.axis in _partial_axes(param)
 
 
 def _sum_(
-    params: dict[int, DTensor],
+    params: list[DTensor],
     what: _Sum,
     name_of: Callable[[Tensor], str],
     timeout_s: float | None,
+    gives_up: bool,
 ) -> None:
-    """Add up the gradients of some parameters, numbered by their places among all of a call."""
+    """Add up the gradients of some parameters, or only tell the others that this rank does not."""
     group = what.mesh.get_group(what.axis)
     comm = ProcessGroupComm(group, timeout_s)
-    pieces = [_piece(p) for p in params.values()]
-    digest = float(zlib.crc32(repr([*zip(params, map(len, pieces), strict=True)]).encode()))
+    pieces = [_piece(p) for p in params]
+    names = [name_of(p) for p in params]
+    plan = repr([what.dtype, *((name, p.shape) for name, p in zip(names, params, strict=True))])
+    digest = float("nan") if gives_up else float(zlib.crc32(plan.encode()))
     # A transport may crash on messages of different sizes. So first all say what they will send, in
     # a message of a verdict's size: a rank that has gone on to its verdict, because it has nothing
     # to sum, meets it there, and takes the NaN for what a faulted rank sends.
     intent = torch.tensor([torch.nan, digest], dtype=torch.float64, device=pieces[0].device)
     axis = (what.mesh.mesh_dim_names or range(what.mesh.ndim))[what.axis]
-    names = [name_of(p) for p in params.values()]
     try:
         comm.all_reduce_sum_(intent)
         differs = intent[1] != digest * comm.size
+        if gives_up:
+            return
         if intent.is_cpu and differs:
             raise LayoutError(
                 f"rank {comm.rank} of the {comm.size} along mesh axis {axis!r} has Partial "
-                f"gradients for {', '.join(names)}, which the others do not all have. Run the same "
-                "backward pass on all ranks of a mesh."
+                f"gradients for {', '.join(names)}, which the others do not all have, or not in "
+                "this order. Run the same backward pass on all ranks of a mesh, and give the "
+                "parameters to the optimizers in one order."
             )
         message = torch.cat(pieces)
         comm.all_reduce_sum_(message)
@@ -137,7 +153,7 @@ def _sum_(
             f"{axis!r}: {error}"
         ) from error
     message += torch.where(differs, torch.nan, 0.0)
-    for p, total in zip(params.values(), message.split([*map(len, pieces)]), strict=True):
+    for p, total in zip(params, message.split([*map(len, pieces)]), strict=True):
         _replace_grad(p, total, what)
 
 

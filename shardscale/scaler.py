@@ -123,11 +123,17 @@ class ShardedGradScaler(TorchNames, torch.amp.GradScaler):  # type: ignore[overr
         """Learn a model's parameter names and layouts, for the norm and for messages.
 
         Args:
-            model: The model, wrapped as it will be trained.
+            model: The model, wrapped as it will be trained; attach it again if wrapping or loading
+                replaces its parameters. Several models are attached one by one. The scaler keeps
+                none of them alive, but for a ParameterList or ParameterDict given here.
             copies: Where ranks of the group are left over that a parameter's own layout does not
-                speak of: ``copies(name, param)`` returns the process group or the ranks that hold
-                the same gradient besides, this rank included, or None for nowhere else.
-                ``shardscale.distinct`` says None for all.
+                speak of: ``copies(name, param)`` returns the process group, the mesh or the ranks
+                that hold the same gradient besides, this rank included, or None for nowhere else.
+                ``shardscale.distinct`` says None for all. Where the layout has copies, too, the
+                ranks must form a grid that ascends along both, as those of a mesh do.
+
+        Raises:
+            ConfigError: ``copies`` is no function.
 
         Collective: none.
         """
@@ -161,7 +167,7 @@ class ShardedGradScaler(TorchNames, torch.amp.GradScaler):  # type: ignore[overr
         self.begin()
         return map_tensors(functools.partial(times_scale, scale=self._state.scale), outputs)
 
-    def wrap_loss(self, loss_fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def wrap_loss(self, loss_fn: Callable[..., Any]) -> Callable[..., Any]:
         """A loss function with the same values, whose gradient alone is scaled.
 
         For pipeline schedules, which call ``backward`` themselves. Begins a new iteration whenever
@@ -170,12 +176,12 @@ class ShardedGradScaler(TorchNames, torch.amp.GradScaler):  # type: ignore[overr
         Collective: none.
         """
 
-        def wrapped(*args: Any, **kwargs: Any) -> Tensor:
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
             loss = loss_fn(*args, **kwargs)
             if not self._enabled:
                 return loss
             self.begin()
-            return scale_gradient(loss, self._state.scale)
+            return map_tensors(functools.partial(scale_gradient, scale=self._state.scale), loss)
 
         return wrapped
 
@@ -200,6 +206,8 @@ class ShardedGradScaler(TorchNames, torch.amp.GradScaler):  # type: ignore[overr
         Raises:
             StageError: one of them is unscaled already, or has stepped.
             LayoutError: a gradient cannot be judged; names the parameter.
+            DisagreementError: the ranks do not make the same call in the same state; raised here
+                with ``sync``, else by ``step`` or the next ``update``.
             MissingRankError: a rank did not come.
 
         Collective: every rank of the group must call; sends 2 float64, once.
@@ -229,6 +237,7 @@ class ShardedGradScaler(TorchNames, torch.amp.GradScaler):  # type: ignore[overr
             ConfigError: ``max_norm`` is negative or NaN.
             StageError: one of the optimizers has stepped, or only some are unscaled.
             LayoutError: it is not known which ranks hold copies of a gradient; see ``attach``.
+            DisagreementError: as for ``unscale_``.
             MissingRankError: a rank did not come.
 
         Collective: every rank of the group must call; sends 2 float64, once.

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch.distributed as dist
 
 from shardscale.comm.base import Communicator
-from shardscale.comm.process_group import ProcessGroupComm
+from shardscale.comm.process_group import FIRST_TIMEOUT_S, ProcessGroupComm
 from shardscale.errors import ConfigError, StageError
 
 __all__ = ["Bond", "Members"]
@@ -146,6 +146,18 @@ class Bond:
             return None
         self._joined = ProcessGroupComm(group, self.timeout_s)
         return self._joined
+
+    def impatient(self) -> Communicator:
+        """The communicator of the group, for a rank that only joins to raise an error.
+
+        The others may not come at all: without a timeout given it waits no longer than for a first
+        verdict.
+        """
+        comm = self.communicator()
+        assert comm is not None
+        if isinstance(comm, ProcessGroupComm) and self.timeout_s is None:
+            return ProcessGroupComm(comm.group, FIRST_TIMEOUT_S)
+        return comm
 
     def members(self) -> Members:
         """The ranks that agree, this one alone where it decides alone."""

@@ -15,12 +15,12 @@ from torch.distributed.distributed_c10d import _get_process_group_store
 from shardscale.comm.roll_call import RollCall
 from shardscale.errors import MissingRankError
 
-__all__ = ["ProcessGroupComm", "message_device"]
+__all__ = ["FIRST_TIMEOUT_S", "ProcessGroupComm", "message_device"]
 
 # A verdict is later than usual after this long; only then is the store looked at.
 _LATE = timedelta(seconds=1)
 _POLL = timedelta(seconds=0.25)
-_FIRST_TIMEOUT_S = 60.0
+FIRST_TIMEOUT_S = 60.0
 
 
 _roll_calls: weakref.WeakKeyDictionary[dist.ProcessGroup, RollCall] = weakref.WeakKeyDictionary()
@@ -80,11 +80,11 @@ class ProcessGroupComm:
 
         Collective: every rank should call; at most ``timeout_s`` (60 s if none) is waited.
         """
-        return self._roll_call.gather(obj, self.timeout_s or _FIRST_TIMEOUT_S)
+        return self._roll_call.gather(obj, self.timeout_s or FIRST_TIMEOUT_S)
 
     def _timeout_of_this_verdict(self) -> float | None:
         if self.timeout_s is None and self._roll_call.num_verdicts == 1:
-            return _FIRST_TIMEOUT_S
+            return FIRST_TIMEOUT_S
         return self.timeout_s
 
     def _wait(self, work: dist.Work, timeout_s: float | None) -> None:

@@ -194,6 +194,7 @@ def _pieces(g: Tensor) -> Iterator[Tensor]:
     g = g.permute(sorted(range(g.dim()), key=g.stride, reverse=True))
     if g.is_contiguous():
         yield from g.view(-1).split(_CHUNK)
-    else:
-        for row in g.unbind(0):
-            yield from _pieces(row)
+        return
+    rows = max(1, _CHUNK // max(1, g[0].numel()))
+    for block in g.split(rows):
+        yield from [block] if block.numel() <= _CHUNK else _pieces(block[0])

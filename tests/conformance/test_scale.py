@@ -158,3 +158,14 @@ def test_a_wrapped_loss_keeps_its_value_and_scales_its_gradient():
     weight.grad = None
     disabled.wrap_loss(torch.sum)(weight).backward()
     assert weight.grad.tolist() == [1.0, 1.0]
+
+
+def test_a_wrapped_loss_function_may_return_several_losses():
+    weight = torch.ones(2, requires_grad=True)
+    scaler = ShardedGradScaler("cpu", init_scale=8.0)
+    one, rest = scaler.wrap_loss(lambda w: (w.sum(), {"other": w.sum() * 2}))(weight)
+    assert (one.item(), rest["other"].item()) == (2.0, 4.0)
+    (one + rest["other"]).backward()
+    assert weight.grad.tolist() == [24.0, 24.0]
+    with pytest.raises(ValueError, match="a float was found"):
+        scaler.wrap_loss(lambda: 1.0)()

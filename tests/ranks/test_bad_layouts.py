@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 import shardscale
 from shardscale import ShardedGradScaler
@@ -209,3 +210,101 @@ def test_a_model_attached_before_its_parameters_were_replaced_must_be_attached_a
         assert "is not a parameter of an attached model" in message
         assert "attach(model) with the model as it is wrapped for training" in message
         assert after is None
+
+
+# ------------------------------------------------------------------- sums of Partial gradients
+
+
+def partial_weights(mesh, *values):
+    """Replicated weights of one shape, each with a Partial gradient of this value on every rank."""
+    params = []
+    for value in values:
+        param = nn.Parameter(distribute_tensor(torch.zeros(3), mesh, [Replicate()] * mesh.ndim))
+        part = torch.full((3,), value)
+        param.grad = DTensor.from_local(part, mesh, [Partial()] * mesh.ndim, run_check=False)
+        params.append(param)
+    return params
+
+
+def sum_in_another_order(rank, size):
+    mesh = init_device_mesh("cpu", (size,))
+    params = partial_weights(mesh, 1.0, 10.0, 100.0)
+    model = nn.ParameterList(params)
+    scaler = ShardedGradScaler("cpu", init_scale=SCALE, timeout_s=TIMEOUT_S)
+    scaler.attach(model, copies=shardscale.distinct)
+    optimizer = torch.optim.SGD(params if rank != 1 else params[::-1], lr=1.0)
+    error, message = told(lambda: scaler.step(optimizer))
+    return error, message, [p.full_tensor().tolist() for p in params]
+
+
+def test_partial_gradients_in_another_order_are_never_added_to_each_other(ranks):
+    """Contract 47: they have the same sizes, so nothing else would tell."""
+    for error, message, values in ranks.run(sum_in_another_order, 3):
+        assert error == "LayoutError"
+        assert "the parameters to the optimizers in one order" in message
+        assert values == [[0.0] * 3] * 3
+
+
+def sum_beside_experts(rank, size):
+    """The first tensor-parallel rank has two experts, the other one; a norm is Partial on both."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    [norm] = partial_weights(mesh["tp"], SCALE)
+    experts = []
+    for _ in range(2 - mesh.get_local_rank("tp")):
+        expert = nn.Parameter(distribute_tensor(torch.zeros(2), mesh["dp"], [Shard(0)]))
+        expert.grad = distribute_tensor(torch.full((2,), SCALE), mesh["dp"], [Shard(0)])
+        experts.append(expert)
+    scaler = ShardedGradScaler("cpu", init_scale=SCALE, timeout_s=TIMEOUT_S)
+    scaler.step(torch.optim.SGD([*experts, norm], lr=1.0))
+    return norm.full_tensor().tolist(), [e.full_tensor().tolist() for e in experts]
+
+
+def test_a_sum_does_not_mind_what_else_a_rank_holds(ranks):
+    """Contract 47: only the ranks of a mesh must have the same Partial gradients."""
+    for rank, (norm, experts) in enumerate(ranks.run(sum_beside_experts, 4)):
+        assert norm == [-2.0] * 3
+        assert experts == [[-1.0] * 2] * (2 - rank % 2)
+
+
+def lack_a_gradient_of_the_whole_job(rank, size):
+    """The mesh is the agreeing group: the rank without it is at its verdict already."""
+    params = partial_weights(init_device_mesh("cpu", (size,)), SCALE)
+    if rank == 1:
+        params[0].grad = None
+    model = nn.ParameterList(params)
+    scaler = ShardedGradScaler("cpu", init_scale=SCALE).attach(model, copies=shardscale.distinct)
+    started = time.monotonic()
+    error, message = told(lambda: scaler.step(torch.optim.SGD(params, lr=1.0)))
+    return error, message, time.monotonic() - started
+
+
+def test_a_rank_that_lacks_a_partial_gradient_hears_of_it_from_the_others(ranks):
+    """Contract 47: by its cause, and long before the 60 s that a first verdict may take."""
+    for rank, (error, message, seconds) in enumerate(
+        ranks.run(lack_a_gradient_of_the_whole_job, 3, limit_s=60)
+    ):
+        assert error == ("DisagreementError" if rank == 1 else "LayoutError")
+        assert "which the others do not all have" in message
+        assert seconds < 30
+
+
+def freeze_what_lies_outside(rank, size):
+    """A frozen base on all ranks, and adapters that pairs of ranks train on their own."""
+    pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    mesh = init_device_mesh("cpu", (4,))
+    base = nn.Parameter(distribute_tensor(torch.ones(8), mesh, [Shard(0)]), requires_grad=False)
+    adapter = parameter()
+    model = nn.ParameterList([base, adapter])
+    scaler = ShardedGradScaler("cpu", init_scale=SCALE, process_group=pairs[rank // 2])
+    scaler.attach(model, copies=shardscale.distinct)
+    optimizer = torch.optim.SGD([base, adapter], lr=1.0)
+    if rank == 3:
+        adapter.grad[0] = math.inf
+    scaler.step(optimizer)
+    return adapter.tolist()
+
+
+def test_frozen_parameters_may_lie_outside_of_the_group(ranks):
+    """Contract 42: nothing of them is stepped, so nobody has to agree on them."""
+    found = ranks.run(freeze_what_lies_outside, 4)
+    assert found == [[0.0] * 4] * 2 + [[1.0] * 4] * 2

@@ -393,3 +393,25 @@ def test_the_inverse_is_the_float64_reciprocal_rounded_once(scale):
 def test_the_inverse_of_every_power_of_two_needs_no_float64():
     scales = 2.0 ** torch.arange(-126, 128, dtype=torch.float64)
     assert_same(inverse_scale(scales.float()), scales.float().reciprocal())
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda flat: flat[::2],
+        lambda flat: flat[: 2**17].view(-1, 4)[:, :3],
+        lambda flat: flat[: 2**17].view(2, -1)[:, ::2],
+        lambda flat: flat[: 2**17].view(4, 2, -1, 2)[..., 0],
+        lambda flat: flat[: 3 * 2**15].view(3, 2**15).t(),
+    ],
+    ids=["stride 2", "rows of 3", "two long rows", "nested", "transposed"],
+)
+def test_large_gradients_with_gaps_are_summed_by_blocks(view):
+    """Not element by element: a block is at most 2^15 of them, and few are much smaller."""
+    grad = view(torch.randn(2**18, generator=torch.Generator().manual_seed(0)))
+    pieces = list(foreach._pieces(grad))
+    assert max(piece.numel() for piece in pieces) <= 2**15
+    assert len(pieces) <= 2 * grad.numel() // 2**15 + 8
+    assert sum(piece.numel() for piece in pieces) == grad.numel()
+    found = foreach._sum_squares_on_host([grad]).item()
+    assert found == pytest.approx(grad.double().square().sum().item(), rel=1e-12)

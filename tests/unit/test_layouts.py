@@ -9,11 +9,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
+from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from shardscale import DisagreementError, LayoutError, ShardedGradScaler, distinct
+from shardscale import ConfigError, DisagreementError, LayoutError, ShardedGradScaler, distinct
 from shardscale.comm import Members
 from shardscale.layouts import Layouts
 from shardscale.testing import run_ranks
@@ -104,8 +104,13 @@ def test_a_plain_tensor_in_a_group_needs_a_word_about_its_copies(attached):
     for error in run_ranks(rank, 2):
         assert isinstance(error, LayoutError)
         assert "speaks of 1 of the group's 2 ranks" in str(error)
-        assert "copies=shardscale.distinct" in str(error)
-        assert ("layers.0" if attached else "a parameter of shape (2,)") in str(error)
+        if attached:
+            assert "layers.0 (plain)" in str(error)
+            assert "attach(model, copies=...)" in str(error)
+            assert "shardscale.distinct if they hold other parameters" in str(error)
+        else:
+            assert "a parameter of shape (2,) (plain)" in str(error)
+            assert "scaler.attach(model)" in str(error)
 
 
 def test_a_verdict_without_a_norm_never_asks_who_owns_what():
@@ -344,18 +349,95 @@ def test_a_mesh_that_reaches_out_of_the_group_is_refused(rank_of_mesh, is_attach
     layouts.require_inside([model.w], member(rank, 4))
 
 
-def test_an_optimizer_of_parameters_that_wrapping_has_replaced_is_refused():
-    model = model_of(2)
+@pytest.mark.parametrize("survivors", [0, 1])
+def test_an_optimizer_of_parameters_that_wrapping_has_replaced_is_refused(survivors):
+    """One that survived hides nothing; one of another shape may be another model's."""
+    model = model_of(2, 2, 2)
     stale = list(model.parameters())
-    model.layers[0] = nn.Parameter(torch.ones(1))
+    for i in range(survivors, 3):
+        model.layers[i] = nn.Parameter(torch.ones(2))
     layouts = Layouts()
     layouts.attach(model, None)
     layouts.require_in_use(stale)  # nobody has a gradient: it may be too early to tell
-    model.layers[0].grad = torch.ones(1)
-    with pytest.raises(
-        LayoutError, match=r"none of which belongs to the attached model.*layers\.0"
-    ):
+    for param in model.layers:
+        param.grad = torch.ones(2)
+    words = rf"{3 - survivors} of the 3 parameters.* no attached model.*layers\.{survivors}"
+    with pytest.raises(LayoutError, match=words):
         layouts.require_in_use(stale)
+    layouts.require_in_use([nn.Parameter(torch.ones(7))])
     layouts.require_in_use([])
-    layouts.require_in_use([*stale, *model.parameters()])
+    layouts.require_in_use(list(model.parameters()))
     layouts.require_in_use(stale)  # the attached ones are known to be in use
+
+
+def test_copies_that_contradict_the_layout_are_refused(rank_of_mesh):
+    """They are ranks that hold other shards of the same parameter."""
+    rank, mesh = rank_of_mesh
+    model = nn.Module()
+    model.w = nn.Parameter(
+        DTensor.from_local(torch.ones(8), mesh["model"], [Shard(0)], run_check=False)
+    )
+    layouts = Layouts()
+    layouts.attach(model, lambda name, param: mesh["model"])
+    with pytest.raises(
+        LayoutError, match=r"but its layout, DTensor .*, has other parts on rank \d\."
+    ):
+        layouts.is_owner(model.w, member(rank, 4))
+
+
+@pytest.mark.parametrize("answer", [7, "model", [], [0.5], object()], ids=repr)
+def test_copies_that_are_no_ranks_are_refused(rank_of_4, answer):
+    layouts, model = Layouts(), model_of(2)
+    layouts.attach(model, lambda name, param: answer)
+    with pytest.raises(LayoutError, match=r"copies= says .* for layers\.0, but must return"):
+        layouts.is_owner(model.layers[0], member(rank_of_4, 4))
+
+
+def test_copies_may_be_named_in_every_way(rank_of_mesh):
+    """The two ranks of this one's column."""
+    rank, mesh = rank_of_mesh
+    column = [rank % 2, rank % 2 + 2]
+    for answer in (mesh["data"], mesh["data"].get_group(), iter(column * 2), torch.tensor(column)):
+        layouts, model = Layouts(), model_of(2)
+        layouts.attach(model, lambda name, param: answer)  # noqa: B023
+        assert layouts.is_owner(model.layers[0], member(rank, 4)) == (rank < 2)
+
+
+def test_copies_must_be_a_function():
+    with pytest.raises(ConfigError, match="copies is a list, but must be a function"):
+        Layouts().attach(model_of(2), [0, 1])
+
+
+@pytest.mark.parametrize("attached", [False, True])
+def test_a_model_of_dtensors_can_still_be_moved(attached):
+    """torch swaps their contents, which it refuses where a weak reference exists."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        model = nn.Linear(4, 4, bias=False)
+        fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+        layouts, members = Layouts(), member(0, 2)
+        if attached:
+            layouts.attach(model, distinct)
+        layouts.require_inside(model.parameters(), members)
+        assert all(layouts.is_owner(p, members) for p in model.parameters())
+        model.to(torch.float64)
+        [param] = model.parameters()
+        assert layouts.name_of(param) == ("weight" if attached else "a parameter of shape (4, 4)")
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+def test_names_are_clean_of_ddp_wherever_it_is(rank_of_4):
+    inner = nn.Sequential(nn.Linear(2, 2))
+    model = nn.ModuleDict({"module": nn.parallel.DistributedDataParallel(inner)})
+    layouts = Layouts()
+    layouts.attach(model, None)
+    assert [layouts.name_of(p) for p in inner.parameters()] == ["module.0.weight", "module.0.bias"]
+
+
+def test_dropped_models_leave_nothing_behind():
+    layouts = Layouts()
+    for _ in range(10):
+        layouts.attach(model_of(1, 2, 3), None)
+    assert len(layouts._known) <= 2 * 3
