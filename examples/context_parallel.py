@@ -1,6 +1,6 @@
 """Context parallelism: the ranks of a `cp` group share a sequence, and FSDP2 shards over all ranks.
 
-    torchrun --nproc-per-node 4 examples/context_parallel.py
+    torchrun --nproc-per-node 4 examples/context_parallel.py  # 1, 2, 4 or 8 ranks
 
 Who counts what: each rank sees other tokens, along `dp` those of other sequences, along `cp` other
 parts of the same ones. FSDP2 averages over both axes at once, so parameters are DTensors on all
@@ -40,6 +40,8 @@ class Attention(nn.Module):
 def main(device: str) -> None:
     """Train for five steps; the third overflows on the last rank."""
     rank, size = dist.get_rank(), dist.get_world_size()
+    if size not in (1, 2, 4, 8):
+        raise SystemExit(f"run this on 1, 2, 4 or 8 ranks, not {size}")
     cp = min(2, size)
     mesh = init_device_mesh(device, (size // cp, cp), mesh_dim_names=("dp", "cp"))
     row, column = mesh.get_coordinate()

@@ -1,6 +1,6 @@
 """DDP: every rank holds the whole model and sees its own part of the batch.
 
-    torchrun --nproc-per-node 4 examples/ddp.py
+    torchrun --nproc-per-node 4 examples/ddp.py  # 1 to 8 ranks
 
 Who counts what: DDP averages the gradients, so all ranks hold the same ones, and the first counts
 them in the norm. The scaler reads that off the wrapped model; nothing has to be declared.

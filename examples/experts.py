@@ -1,10 +1,9 @@
 """Experts (MoE): four experts on ranks of their own, and a router before them that is sharded.
 
-    torchrun --nproc-per-node 4 examples/experts.py
+    torchrun --nproc-per-node 4 examples/experts.py  # 1, 2 or 4 ranks
 
-Who counts what: the router's parameters are DTensors on all ranks, which know their owners. An
-expert's parameters are plain tensors that no other rank holds, and `copies=shardscale.distinct`
-says so. It speaks of what a layout leaves open, so the router is counted as before.
+Who counts what: the router's parameters are DTensors on all ranks, which know their owners. Those
+of an expert are plain tensors that no other rank holds: `copies=shardscale.distinct` says so.
 """
 
 import os
@@ -12,7 +11,6 @@ import os
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.functional import mse_loss, one_hot
@@ -23,12 +21,12 @@ import shardscale
 class Mixture(nn.Module):
     """Each of four experts takes the four tokens of a sequence that suit it best."""
 
-    def __init__(self, mesh: DeviceMesh) -> None:
+    def __init__(self, mesh: dist.DeviceMesh) -> None:
         super().__init__()
-        self.mesh = mesh
+        self.mesh, per_rank = mesh, 4 // mesh.size()
         self.router = nn.Linear(16, 4)
-        experts = [(str(i), nn.Linear(16, 16)) for i in range(4)]
-        self.experts = nn.ModuleDict(experts[mesh.get_local_rank() :: mesh.size()])
+        experts = [(str(i), nn.Linear(16, 16)) for i in range(4)]  # dealt in blocks, as by Shard(0)
+        self.experts = nn.ModuleDict(experts[mesh.get_local_rank() * per_rank :][:per_rank])
 
     def forward(self, x: Tensor) -> Tensor:
         weight, chosen = self.router(x).softmax(2).topk(4, 1)  # (batch, 4 tokens, 4 experts)
@@ -46,12 +44,14 @@ class Mixture(nn.Module):
 def main(device: str) -> None:
     """Train for five steps; in the third one expert overflows."""
     rank, size = dist.get_rank(), dist.get_world_size()
+    if size not in (1, 2, 4):
+        raise SystemExit(f"run this on 1, 2 or 4 ranks, not {size}")
     torch.manual_seed(0)  # the same weights and the same batch everywhere
-    mesh = init_device_mesh(device, (size,))  # 1, 2 or 4 ranks
-    model = Mixture(mesh).to(device)
+    model = Mixture(dist.init_device_mesh(device, (size,))).to(device)
     inputs = torch.randn(8, 12, 16).chunk(size)[rank].to(device)  # this rank's part of the batch
-    fully_shard(model, mesh=mesh, ignored_params=set(model.experts.parameters()))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    fully_shard(model, mesh=model.mesh, ignored_params=set(model.experts.parameters()))
+    groups = [{"params": part.parameters()} for part in model.children()]  # foreach takes no mix
+    optimizer = torch.optim.AdamW(groups, lr=0.01)
     scaler = shardscale.ShardedGradScaler(device).attach(model, copies=shardscale.distinct)
 
     for step in range(5):

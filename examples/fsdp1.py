@@ -1,6 +1,6 @@
 """FSDP1: every rank holds a flat piece of each unit and sees its own part of the batch.
 
-    torchrun --nproc-per-node 4 examples/fsdp1.py
+    torchrun --nproc-per-node 4 examples/fsdp1.py  # 1 to 8 ranks
 
 Who counts what: no two ranks hold the same piece, so each counts its own. The scaler reads that off
 the wrapped model, unit by unit; nothing has to be declared.

@@ -1,6 +1,6 @@
 """FSDP2: every rank holds some rows of each parameter and sees its own part of the batch.
 
-    torchrun --nproc-per-node 4 examples/fsdp2.py
+    torchrun --nproc-per-node 4 examples/fsdp2.py  # 1 to 8 ranks
 
 Who counts what: no two ranks hold the same rows, so each counts its own. Parameters are DTensors,
 which know that themselves; nothing has to be declared.

@@ -1,11 +1,10 @@
 """FSDP2 and tensor parallelism: layers are split over the axis `tp`, then sharded over `dp`.
 
-    torchrun --nproc-per-node 4 examples/fsdp2_tensor_parallel.py
+    torchrun --nproc-per-node 4 examples/fsdp2_tensor_parallel.py  # 1, 2, 4 or 8 ranks
 
 Who counts what: a layer in the plan is a DTensor on both axes, and knows its owners. `head` is
-outside the plan, so FSDP2 makes it a DTensor on `dp` alone, which does not speak of the other
-ranks. They hold the same gradients, because all of a `tp` group see the same batch; `copies=` says
-so.
+outside the plan, so FSDP2 makes it a DTensor on `dp` alone. The other ranks of a `tp` group see the
+same batch and so hold the same gradients of it; `copies=` says so.
 """
 
 import os
@@ -37,6 +36,8 @@ class Net(nn.Module):
 def main(device: str) -> None:
     """Train for five steps; the third overflows on the last two ranks."""
     rank, size = dist.get_rank(), dist.get_world_size()
+    if size not in (1, 2, 4, 8):
+        raise SystemExit(f"run this on 1, 2, 4 or 8 ranks, not {size}")
     tp = min(2, size)
     mesh = init_device_mesh(device, (size // tp, tp), mesh_dim_names=("dp", "tp"))
     torch.manual_seed(0)  # the same weights and the same batch everywhere

@@ -1,6 +1,6 @@
 """HSDP: parameters are sharded within a node and replicated across nodes.
 
-    torchrun --nproc-per-node 4 examples/hsdp.py
+    torchrun --nproc-per-node 4 examples/hsdp.py  # 1, 2, 4 or 8 ranks
 
 Who counts what: the gradients are reduced over both axes of the mesh, so each shard is held once in
 every replica, and the ranks of the first replica count theirs. DTensors know that themselves;
@@ -22,6 +22,8 @@ from shardscale import ShardedGradScaler
 def main(device: str) -> None:
     """Train for five steps; the third overflows on the last rank."""
     rank, size = dist.get_rank(), dist.get_world_size()
+    if size not in (1, 2, 4, 8):
+        raise SystemExit(f"run this on 1, 2, 4 or 8 ranks, not {size}")
     torch.manual_seed(0)  # the same weights and the same batch everywhere
     model = nn.Sequential(nn.Linear(16, 33), nn.ReLU(), nn.Linear(33, 16)).to(device)
     inputs = torch.randn(32, 16).chunk(size)[rank].to(device)  # this rank's part of the batch

@@ -1,6 +1,6 @@
 """LoRA: the weights are frozen, and two thin matrices beside each of them are trained under FSDP2.
 
-    torchrun --nproc-per-node 4 examples/lora.py
+    torchrun --nproc-per-node 4 examples/lora.py  # 1 to 8 ranks
 
 Who counts what: frozen weights have no gradient and no part in the norm. Of the trained matrices
 each rank counts its own rows; DTensors know that themselves, and nothing has to be declared. A rank

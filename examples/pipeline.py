@@ -1,6 +1,6 @@
 """Pipeline parallelism: every rank holds one stage of the model, and only the last sees a loss.
 
-    torchrun --nproc-per-node 4 examples/pipeline.py
+    torchrun --nproc-per-node 4 examples/pipeline.py  # 1, 2 or 4 ranks
 
 Who counts what: a stage's parameters are plain tensors that no other rank holds. To the scaler they
 might as well be copies, so `copies=shardscale.distinct` says that they are not.
@@ -21,9 +21,11 @@ from shardscale import ShardedGradScaler
 def main(device: str) -> None:
     """Train for five steps; the third overflows in the first stage, and so in all."""
     rank, size = dist.get_rank(), dist.get_world_size()
+    if size not in (1, 2, 4):
+        raise SystemExit(f"run this on 1, 2 or 4 ranks, not {size}")
     torch.manual_seed(0)  # the same weights and the same batch everywhere
     layers = [layer for _ in range(4) for layer in (nn.Linear(16, 16), nn.ReLU())][:-1]
-    per_stage = 8 // size  # 1, 2 or 4 ranks
+    per_stage = 8 // size
     # A slice of a Sequential keeps the names that the layers have in the whole model.
     model = nn.Sequential(*layers)[per_stage * rank : per_stage * (rank + 1)].to(device)
     inputs = torch.randn(32, 16).to(device)

@@ -1,6 +1,6 @@
 """Pipeline and FSDP2: the ranks of a stage shard it among themselves, and see parts of the batch.
 
-    torchrun --nproc-per-node 4 examples/pipeline_fsdp2.py
+    torchrun --nproc-per-node 4 examples/pipeline_fsdp2.py  # 1, 2, 4 or 8 ranks
 
 Who counts what: a stage's parameters are DTensors on the mesh of that stage, and each rank counts
 its rows. What the other stages hold they cannot know: copies of this stage (it would be HSDP), or
@@ -24,6 +24,8 @@ from shardscale import ShardedGradScaler
 def main(device: str) -> None:
     """Train for five steps; the third overflows in the first stage, and so in all."""
     rank, size = dist.get_rank(), dist.get_world_size()
+    if size not in (1, 2, 4, 8):
+        raise SystemExit(f"run this on 1, 2, 4 or 8 ranks, not {size}")
     num_stages = min(2, size)
     mesh = init_device_mesh(device, (num_stages, size // num_stages), mesh_dim_names=("pp", "dp"))
     here, part = mesh.get_coordinate()

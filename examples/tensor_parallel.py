@@ -1,6 +1,6 @@
 """Tensor parallelism: the ranks share each layer's work, by columns, by rows or along the sequence.
 
-    torchrun --nproc-per-node 4 examples/tensor_parallel.py
+    torchrun --nproc-per-node 4 examples/tensor_parallel.py  # 1, 2, 4 or 8 ranks
 
 Who counts what: of a DTensor that is sharded each rank counts its part, of one that is replicated
 the first rank counts it. `head` is outside the plan and stays a plain tensor, of which the scaler
@@ -30,6 +30,8 @@ from shardscale import ShardedGradScaler
 def main(device: str) -> None:
     """Train for five steps; the third overflows on the last rank."""
     rank, size = dist.get_rank(), dist.get_world_size()
+    if size not in (1, 2, 4, 8):
+        raise SystemExit(f"run this on 1, 2, 4 or 8 ranks, not {size}")
     torch.manual_seed(0)  # the same weights everywhere, and the same batch: it is not split
     block = nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 16))
     model = nn.ModuleDict({"block": block, "head": nn.Linear(16, 16)}).to(device)
@@ -44,7 +46,9 @@ def main(device: str) -> None:
         "3": RowwiseParallel(),
     }
     parallelize_module(block, mesh, plan)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    # DTensors and plain tensors apart: torch's foreach and fused optimizers take no mixed group.
+    groups = [{"params": part.parameters()} for part in (block, model["head"])]
+    optimizer = torch.optim.AdamW(groups, lr=0.01)
 
     def copies(name: str, param: Tensor) -> dist.ProcessGroup | None:
         """Who else holds this gradient, besides what its own layout says."""

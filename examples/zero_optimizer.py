@@ -1,6 +1,6 @@
 """ZeroRedundancyOptimizer: DDP, with the optimizer's state spread over the ranks.
 
-    torchrun --nproc-per-node 4 examples/zero_optimizer.py
+    torchrun --nproc-per-node 4 examples/zero_optimizer.py  # 1, 2 or 4 ranks
 
 Who counts what: gradients are those of DDP. All ranks hold the same ones, and the first counts
 them. A step ends with collectives, in which each rank sends the parameters that it has stepped, so
@@ -22,6 +22,8 @@ from shardscale import ShardedGradScaler
 def main(device: str) -> None:
     """Train for five steps; the third overflows on the last rank."""
     rank, size = dist.get_rank(), dist.get_world_size()
+    if size not in (1, 2, 4):
+        raise SystemExit(f"run this on 1, 2 or 4 ranks, not {size}")
     torch.manual_seed(0)  # the same weights and the same batch everywhere
     model = nn.Sequential(nn.Linear(16, 33), nn.ReLU(), nn.Linear(33, 16)).to(device)
     inputs = torch.randn(32, 16).chunk(size)[rank].to(device)  # this rank's part of the batch

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from tests.examples.play import EXAMPLES, NAMES, Printed, play, read
+from tests.examples.play import EXAMPLES, NAMES, SIZES, Printed, play, read, refusals
 from tests.examples.tables import PAGE, RANKS, names_in, with_tables
 
 ROOT = EXAMPLES.parent
@@ -35,19 +35,21 @@ def printed(ranks) -> Callable[[str, int], Printed]:
     return get
 
 
+@pytest.mark.parametrize("size", [2, RANKS])
 @pytest.mark.parametrize("name", NAMES)
-def test_every_rank_takes_four_steps_and_skips_one(printed, name):
-    found = printed(name, RANKS)
+def test_every_rank_takes_four_steps_and_skips_one(printed, name, size):
+    found = printed(name, size)
     assert found.outcomes == SKIPS_THE_THIRD
-    assert found.ranks == [(4, 2.0**15)] * RANKS
+    assert found.ranks == [(4, 2.0**15)] * size
     assert not math.isfinite(found.norms[2])
     assert found.losses[-1] < found.losses[0]
 
 
+@pytest.mark.parametrize("size", [2, RANKS])
 @pytest.mark.parametrize("name", NAMES)
-def test_losses_and_norms_are_those_of_one_process(printed, name):
+def test_losses_and_norms_are_those_of_one_process(printed, name, size):
     """One rank holds the whole model and sees the whole batch: nothing there is counted twice."""
-    found, alone = printed(name, RANKS), printed(name, 1)
+    found, alone = printed(name, size), printed(name, 1)
     assert alone.ranks == [(4, 2.0**15)]
     for step, outcome in enumerate(SKIPS_THE_THIRD):
         if outcome == "stepped":
@@ -55,11 +57,24 @@ def test_losses_and_norms_are_those_of_one_process(printed, name):
             assert found.norms[step] == pytest.approx(alone.norms[step], rel=ROUNDING)
 
 
+def test_a_number_of_ranks_that_cannot_work_is_refused(ranks):
+    some = {name: sizes for name, sizes in SIZES.items() if sizes != "1 to 8"}
+    expected = {name: f"run this on {sizes} ranks, not 3" for name, sizes in some.items()}
+    assert refusals(ranks, sorted(some), 3) == expected
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if SIZES[name] == "1 to 8"])
+def test_any_other_number_of_ranks_works(printed, name):
+    """The parts of the batch are not all of one size, so the norms are not those of one process."""
+    found = printed(name, 3)
+    assert found.outcomes == SKIPS_THE_THIRD
+    assert found.ranks == [(4, 2.0**15)] * 3
+
+
 @pytest.mark.parametrize("name", NAMES)
-def test_an_example_is_short_and_says_how_it_is_started(name):
-    lines = (EXAMPLES / f"{name}.py").read_text().splitlines()
-    assert len(lines) <= 90
-    assert f"    torchrun --nproc-per-node {RANKS} examples/{name}.py" in lines
+def test_an_example_is_short_and_says_where_it_runs(name):
+    assert len((EXAMPLES / f"{name}.py").read_text().splitlines()) <= 90
+    assert SIZES[name] in ("1, 2 or 4", "1, 2, 4 or 8", "1 to 8")
 
 
 def test_the_page_shows_the_table_of_each_example(printed):

@@ -80,13 +80,36 @@ def read(report: Path) -> Iterator[Result]:
 
 def page(results: list[Result]) -> str:
     """The page as it is committed."""
-    parts = [_HEAD]
+    parts = [_HEAD, *_overview(results)]
     for file, title in FILES.items():
         rows = [result for result in results if result.file == file]
         parts.append(f"## {title}\n\n| what | on | test | result |\n|---|---|---|---|")
         parts += [f"| {_what(r)} | {_on(r)} | `{r.id}` | {r.outcome} |" for r in rows]
         parts.append("")
     return "\n".join(parts)
+
+
+def _overview(results: list[Result]) -> list[str]:
+    """Layouts by numbers of ranks: whether all of their tests passed."""
+    passed: dict[str, dict[int, bool]] = {}
+    for result in results:
+        if result.file == "test_every_layout.py":
+            layout, _, size = _parameters(result).rpartition("-")
+            row = passed.setdefault(layout, {})
+            row[int(size)] = row.get(int(size), True) and result.outcome == "passed"
+    sizes = sorted({size for row in passed.values() for size in row})
+    if not sizes:
+        return []
+    marks = {True: "passed", False: "**failed**", None: ""}
+    lines = [
+        "Training, skips, norms in float32 and bfloat16, and the number of collectives, by number",
+        "of ranks; an empty field is a number that a mesh does not allow, or that is not tested:\n",
+        f"| layout | {' | '.join(map(str, sizes))} |",
+        "|---" * (len(sizes) + 1) + "|",
+    ]
+    for layout, row in passed.items():
+        lines.append(f"| {layout} | {' | '.join(marks[row.get(size)] for size in sizes)} |")
+    return [*lines, ""]
 
 
 def ids_on_the_page() -> set[str]:
@@ -102,12 +125,14 @@ def _what(result: Result) -> str:
 
 def _on(result: Result) -> str:
     """Its parameters: for a layout, its name and number of ranks."""
-    _, _, parameters = result.name.partition("[")
-    parameters = parameters.removesuffix("]")
     if result.file == "test_every_layout.py":
-        layout, _, size = parameters.rpartition("-")
+        layout, _, size = _parameters(result).rpartition("-")
         return f"{layout}, {size} rank{'s' if size != '1' else ''}"
-    return parameters.replace("-", ", ")
+    return _parameters(result).replace("-", ", ")
+
+
+def _parameters(result: Result) -> str:
+    return result.name.partition("[")[2].removesuffix("]")
 
 
 if __name__ == "__main__":
