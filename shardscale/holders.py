@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -11,18 +11,9 @@ from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 from torch.distributed.fsdp._init_utils import HYBRID_SHARDING_STRATEGIES
 from torch.distributed.tensor import DTensor
 
-__all__ = ["Layout", "clean_names", "layout_of", "unsharded_shapes", "wrappers_of"]
+from shardscale.records import Layout
 
-
-class Layout(NamedTuple):
-    """Where one parameter's gradient lives. Ranks are numbered in the whole job."""
-
-    kind: str  # for people: "FSDP1 FULL_SHARD", "DDP", "DTensor (Shard(dim=0),)", "plain"
-    num_ranks: int  # how many ranks it speaks of; others may hold copies, or other things
-    ranks: frozenset[int]  # those of them that it names: all, or for HYBRID this rank's two groups
-    holders: tuple[int, ...]  # those that hold the same piece as this rank, the first counts it;
-    # empty for this rank alone
-    spec: object = None  # of a DTensor: its mesh and placements
+__all__ = ["clean_names", "layout_of", "unsharded_shapes", "wrappers_of"]
 
 
 def layout_of(param: Tensor, wrapper: Any) -> Layout:

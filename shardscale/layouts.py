@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -12,15 +11,15 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from shardscale.comm import Members
 from shardscale.errors import ConfigError, LayoutError
 from shardscale.holders import (
-    Layout,
     clean_names,
     layout_of,
     unsharded_shapes,
     wrappers_of,
 )
+from shardscale.owners import Holders, by_declaration, by_layout, require_inside, say_ranks
+from shardscale.records import Layout, Members
 
 __all__ = ["Copies", "Layouts", "distinct"]
 
@@ -124,12 +123,14 @@ class Layouts:
         if not self._is_checked:
             for param in self.params():
                 if param.requires_grad:
-                    _require_inside(self._of(param), members)
+                    known = self._of(param)
+                    require_inside(known.name, known.layout, members)
             self._is_checked = True
         for param in sharded:
             mesh = param._spec.mesh
             if id(mesh) not in self._inside and param.requires_grad:
-                _require_inside(self._of(param), members)
+                known = self._of(param)
+                require_inside(known.name, known.layout, members)
                 self._inside[id(mesh)] = mesh
 
     def require_in_use(self, params: Sequence[Tensor]) -> None:
@@ -169,12 +170,11 @@ class Layouts:
         if known is None:
             key = (param._spec.mesh, param._spec.placements) if isinstance(param, DTensor) else None
             if key is None or key not in self._owned:
-                _, owner = _holders(self._of(param), param, members)
-                self._owned[key] = owner == members.here
+                holders = _holders(self._of(param), param, members)
+                self._owned[key] = holders.owner == members.here
             return self._owned[key]
         if known.is_owner is None:
-            _, owner = _holders(known, param, members)
-            known.is_owner = owner == members.here
+            known.is_owner = _holders(known, param, members).owner == members.here
         return known.is_owner
 
     def describe(self, params: Iterable[Tensor], members: Members, kernel: str) -> str:
@@ -186,7 +186,7 @@ class Layouts:
                 holders, owner = _holders(known, param, members)
                 counted = f"rank {owner}" if owner is not None else "another rank"
             except LayoutError:
-                holders = f"{_ranks(known.layout.holders or [members.here])} at least"
+                holders = f"{say_ranks(known.layout.holders or [members.here])} at least"
                 counted = "unknown"
             if not param.requires_grad:
                 counted = "nobody: frozen"
@@ -228,42 +228,14 @@ def _find(key: int, known: _Known) -> Tensor | None:
     return next((p for p in params if id(p) == key and p is not None and known.is_of(p)), None)
 
 
-def _require_inside(known: _Known, members: Members) -> None:
-    assert members.ranks is not None
-    outside = known.layout.ranks - members.ranks
-    if outside:
-        raise LayoutError(
-            f"rank {members.rank} of {members.size}: {known.name} ({known.layout.kind}) is held by "
-            f"{_ranks(known.layout.ranks)}, but this scaler agrees with {_ranks(members.ranks)} "
-            f"only, so {_ranks(outside)} would step or skip without the others. Make the scaler "
-            "with a process_group= of all ranks that hold a part of the model, or with none for "
-            "the whole job."
-        )
-
-
-def _holders(known: _Known, param: Tensor, members: Members) -> tuple[str, int | None]:
-    """Who holds what this rank holds of a parameter, for people; the rank that counts it.
-
-    The owner is None where it is neither this rank nor one that this rank can name.
-    """
+def _holders(known: _Known, param: Tensor, members: Members) -> Holders:
+    if known.copies is not None and members.size > 1:
+        declared = known.copies(known.name, param)
+        return by_declaration(known.name, known.layout, members, declared)
+    found = by_layout(known.name, known.layout, members)
+    if found is not None:
+        return found
     layout = known.layout
-    holders: Sequence[int] = layout.holders or [members.here]
-    if members.size == 1:
-        return _ranks([members.here]), members.here
-    if members.ranks is not None:
-        _require_inside(known, members)
-    if known.copies is not None:
-        copies = _copies(known, param, members)
-        if len(copies) > 1 and len(holders) > 1:
-            both = f"{_ranks(holders)}; copies: {_ranks(copies)}"
-            # Of copies of copies, the first of the first counts.
-            if members.here == holders[0]:
-                return both, copies[0]
-            return both, holders[0] if members.here == copies[0] else None
-        holders = copies if len(copies) > 1 else holders
-        return _ranks(holders), holders[0]
-    if layout.num_ranks == members.size:
-        return _ranks(holders), holders[0]
     start = f"rank {members.rank} of {members.size}: the norm cannot be told, because {known.name}"
     few = f"speaks of {layout.num_ranks} of the group's {members.size} ranks"
     if known.ref is None and known.module is None:
@@ -279,60 +251,3 @@ def _holders(known: _Known, param: Tensor, members: Members) -> tuple[str, int |
         "by hand), a function that returns the group if they hold copies (layers outside a "
         "tensor-parallel plan)."
     )
-
-
-def _copies(known: _Known, param: Tensor, members: Members) -> Sequence[int]:
-    """The ranks that hold the same as this one besides its layout, in order."""
-    assert known.copies is not None
-    declared = known.copies(known.name, param)
-    if declared is None:
-        return [members.here]
-    ranks = _as_ranks(declared)
-    start = f"rank {members.here}: copies= says"
-    if ranks is None:
-        raise LayoutError(
-            f"{start} {declared!r} for {known.name}, but must return a process group that this "
-            "rank is in, ranks, a mesh, or None for nowhere else."
-        )
-    start = f"{start} that {known.name} is held by {_ranks(ranks)},"
-    if members.here not in ranks:
-        raise LayoutError(
-            f"{start} which leaves out this rank. Return the ranks that hold it, this one "
-            "included, or None for nowhere else."
-        )
-    if members.ranks is not None and not members.ranks.issuperset(ranks):
-        raise LayoutError(
-            f"{start} but this scaler agrees with {_ranks(members.ranks)} only. Return ranks of "
-            "that group, or make the scaler with a process_group= of all of them."
-        )
-    others = known.layout.ranks - set(known.layout.holders) - {members.here}
-    if not others.isdisjoint(ranks):
-        raise LayoutError(
-            f"{start} but its layout, {known.layout.kind}, has other parts on {_ranks(others)}. "
-            "Return only ranks that the layout does not speak of, or None."
-        )
-    return ranks
-
-
-def _as_ranks(declared: object) -> list[int] | None:
-    """Ranks in the whole job, in order; None if this is no way to name them."""
-    try:
-        if isinstance(declared, dist.ProcessGroup):
-            declared = dist.get_process_group_ranks(declared)
-        if isinstance(declared, DeviceMesh):
-            declared = declared.mesh.flatten().tolist()
-        return sorted({operator.index(rank) for rank in declared}) or None  # type: ignore[attr-defined]
-    except (TypeError, ValueError, KeyError):
-        return None
-
-
-def _ranks(ranks: Iterable[int]) -> str:
-    """Ranks for people, runs of more than two shortened: "ranks 0-3, 8"."""
-    runs: list[list[int]] = []
-    for rank in sorted(ranks):
-        if runs and rank == runs[-1][-1] + 1:
-            runs[-1].append(rank)
-        else:
-            runs.append([rank])
-    texts = [f"{run[0]}-{run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs]
-    return ("rank " if sum(map(len, runs)) == 1 else "ranks ") + ", ".join(texts)

@@ -10,11 +10,33 @@ __all__ = [
     "Agreement",
     "Call",
     "Culprit",
+    "Layout",
+    "Members",
     "ScaleState",
     "ShardStats",
     "StepReport",
     "Verdict",
 ]
+
+
+class Members(NamedTuple):
+    """The ranks of an agreeing group."""
+
+    rank: int  # this one's number in the group
+    size: int
+    here: int  # this one's number in the whole job, as layouts use it
+    ranks: frozenset[int] | None  # all of them, numbered so; None if the transport does not know
+
+
+class Layout(NamedTuple):
+    """Where one parameter's gradient lives. Ranks are numbered in the whole job."""
+
+    kind: str  # for people: "FSDP1 FULL_SHARD", "DDP", "DTensor (Shard(dim=0),)", "plain"
+    num_ranks: int  # how many ranks it speaks of; others may hold copies, or other things
+    ranks: frozenset[int]  # those of them that it names: all, or for HYBRID this rank's two groups
+    holders: tuple[int, ...]  # those that hold the same piece as this rank, the first counts it;
+    # empty for this rank alone
+    spec: object = None  # of a DTensor: its mesh and placements
 
 
 class ScaleState(NamedTuple):

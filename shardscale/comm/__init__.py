@@ -1,7 +1,7 @@
 """The seam between the scaler and whatever carries its two numbers between ranks."""
 
 from shardscale.comm.base import Communicator, Solo
-from shardscale.comm.bond import Bond, Members
+from shardscale.comm.bond import Bond
 from shardscale.comm.process_group import ProcessGroupComm
 
-__all__ = ["Bond", "Communicator", "Members", "ProcessGroupComm", "Solo"]
+__all__ = ["Bond", "Communicator", "ProcessGroupComm", "Solo"]

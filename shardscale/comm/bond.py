@@ -5,24 +5,15 @@ from __future__ import annotations
 import itertools
 import math
 import weakref
-from typing import NamedTuple
 
 import torch.distributed as dist
 
 from shardscale.comm.base import Communicator
 from shardscale.comm.process_group import FIRST_TIMEOUT_S, ProcessGroupComm
 from shardscale.errors import ConfigError, StageError
+from shardscale.records import Members
 
-__all__ = ["Bond", "Members"]
-
-
-class Members(NamedTuple):
-    """The ranks of an agreeing group."""
-
-    rank: int  # this one's number in the group
-    size: int
-    here: int  # this one's number in the whole job, as layouts use it
-    ranks: frozenset[int] | None  # all of them, numbered so; None if the transport does not know
+__all__ = ["Bond"]
 
 
 class _Counters:

@@ -301,8 +301,8 @@ MUTANTS = [
     Mutant(
         "rank 0 alone counts what it holds",
         "shardscale/layouts.py",
-        "known.is_owner = owner == members.here",
-        "known.is_owner = members.here == 0",
+        "_holders(known, param, members).owner == members.here",
+        "members.here == 0",
         (f"{_NORM}[FSDP2-2]", f"{_NORM}[TP-2]"),
     ),
     Mutant(
@@ -314,9 +314,9 @@ MUTANTS = [
     ),
     Mutant(
         "copies of copies are counted by the first of each",
-        "shardscale/layouts.py",
-        "return both, holders[0] if members.here == copies[0] else None",
-        "return both, members.here if members.here == copies[0] else None",
+        "shardscale/owners.py",
+        "return Holders(text, holders[0] if members.here == copies[0] else None)",
+        "return Holders(text, members.here if members.here == copies[0] else None)",
         (f"{_NORM}[DDP and hand-sharded TP-4]",),
     ),
     Mutant(
@@ -335,16 +335,16 @@ MUTANTS = [
     ),
     Mutant(
         "a mesh may reach out of the agreeing group",
-        "shardscale/layouts.py",
-        "    outside = known.layout.ranks - members.ranks\n",
-        "    outside = known.layout.ranks - known.layout.ranks\n",
+        "shardscale/owners.py",
+        "    outside = layout.ranks - members.ranks if",
+        "    outside = layout.ranks - layout.ranks if",
         (f"{_BAD}::test_a_mesh_that_reaches_out_of_the_agreeing_group_is_refused",),
     ),
     Mutant(
         "an optimizer of replaced parameters trains nothing, in silence",
         "shardscale/layouts.py",
-        "            if waiting:\n",
-        "            if not waiting:\n",
+        "        if stale and waiting:\n",
+        "        if stale and not waiting:\n",
         (f"{_BAD}::test_an_optimizer_of_replaced_parameters_is_refused[step]",),
     ),
     Mutant(

@@ -23,6 +23,7 @@ FLOORS = {
     "kernels": 1,
     "comm": 1,
     "holders": 1,
+    "owners": 1,
     "metrics": 1,
     "arguments": 2,
     "outputs": 2,

@@ -14,8 +14,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from shardscale import ConfigError, DisagreementError, LayoutError, ShardedGradScaler, distinct
-from shardscale.comm import Members
 from shardscale.layouts import Layouts
+from shardscale.records import Members
 from shardscale.testing import run_ranks
 
 
