@@ -294,22 +294,29 @@ class Judge:
         # Those that read it at once come to hear of it now. Those that read it late do so at their
         # next update, and may first wait for this rank in a collective of the model.
         is_late = bool(question.optimizers) and all(map(is_fused, question.optimizers))
+        patience_s = 0.0
         if self.sync or not is_late:
             self.ledger.read(agreement)
-            self._answer(drift.account(call, fault), _PATIENCE_S)
-        else:
-            self._answer(drift.account(call, fault), 0.0)
-        self._told[id(agreement)] = (agreement, fault)
+            patience_s = _PATIENCE_S
+        accounts = self._answer(drift.account(call, fault), patience_s)
+        told = fault
+        if accounts:
+            told = DisagreementError(drift.explain(accounts, self.bond.members().rank))
+        self._told[id(agreement)] = (agreement, told)
 
-    def _answer(self, account: dict[str, object], patience_s: float) -> None:
-        """Tell the others what this rank is about to raise; wait a while for them to have read it.
+    def _answer(self, account: dict[str, object], patience_s: float) -> list[object]:
+        """Tell the others what this rank is about to raise, and give it a while to hear of theirs.
 
         Their question comes whenever they read the verdict, which this rank may not live to see.
         """
         comm = self.bond.communicator() or Solo()
-        thread = threading.Thread(target=comm.all_gather_object, args=(account,), daemon=True)
+        accounts: list[object] = []
+        thread = threading.Thread(
+            target=lambda: accounts.extend(comm.all_gather_object(account)), daemon=True
+        )
         thread.start()
         thread.join(patience_s)
+        return list(accounts)
 
     def _disagreement(self, unread: Unread) -> Exception:
         """The error of a verdict in which the ranks did not belong together; gathered once."""
