@@ -77,14 +77,15 @@ class Judge:
             MissingRankError: not all ranks came.
             StageError: the group has been destroyed.
 
-        Collective: every rank of the group must call; sends 2 float64, once.
+        Collective: every rank of the group must call; sends 2 float64, once. Before that, the ranks
+            of a mesh that has Partial gradients sum these.
         """
         comm = self.bond.communicator()
         fault: Exception | None = question.mistake
         stats = _nothing_found(state)
         grads: list[list[Tensor]] = []
         try:
-            self._align(question)  # in any case: other ranks of a mesh may be waiting for it
+            self._prepare(question)  # in any case: other ranks of a mesh may be waiting for it
             if fault is None:
                 stats, grads = self._measure(question, state)
         except Exception as error:  # noqa: BLE001 - raised again, once this rank has joined
@@ -186,7 +187,8 @@ class Judge:
                     raise self._disagreement(unread) from missing
             raise
 
-    def _align(self, question: Question) -> None:
+    def _prepare(self, question: Question) -> None:
+        """Bring DTensor gradients to their parameters' placements, and refuse wrong optimizers."""
         params = list(chain.from_iterable(map(params_of, question.optimizers)))
         sharded: list[DTensor] = []
         if DTensor in set(map(type, params)):

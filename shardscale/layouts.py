@@ -87,7 +87,7 @@ class Layouts:
             del self._known[key]
         is_list = isinstance(model, nn.ParameterList | nn.ParameterDict)
         if is_list and any(isinstance(p, DTensor) for p in model.parameters()):
-            self._loose.append(model)
+            self._loose = [*(m for m in self._loose if m is not model), model]
         wrappers = wrappers_of(model)
         modules = {id(p): m for m in model.modules() for p in m._parameters.values()}
         for name, param in clean_names(model):

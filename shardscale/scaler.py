@@ -210,7 +210,8 @@ class ShardedGradScaler(TorchNames, torch.amp.GradScaler):  # type: ignore[overr
                 with ``sync``, else by ``step`` or the next ``update``.
             MissingRankError: a rank did not come.
 
-        Collective: every rank of the group must call; sends 2 float64, once.
+        Collective: every rank of the group must call; sends 2 float64, once. Before that, the ranks
+            of a mesh that has Partial gradients sum these.
         Sync: none.
         """
         if not self._enabled:
@@ -240,7 +241,8 @@ class ShardedGradScaler(TorchNames, torch.amp.GradScaler):  # type: ignore[overr
             DisagreementError: as for ``unscale_``.
             MissingRankError: a rank did not come.
 
-        Collective: every rank of the group must call; sends 2 float64, once.
+        Collective: every rank of the group must call; sends 2 float64, once. Before that, the ranks
+            of a mesh that has Partial gradients sum these.
         Sync: none on an accelerator.
         """
         listed, _ = as_list(optimizers)
@@ -279,7 +281,8 @@ class ShardedGradScaler(TorchNames, torch.amp.GradScaler):  # type: ignore[overr
             MissingRankError: a rank did not come.
 
         Collective: every rank of the group must call; sends 2 float64, once, unless the optimizers
-            have a verdict already.
+            have a verdict already. Before that, the ranks of a mesh that has Partial gradients sum
+            these.
         Sync: none for fused optimizers, one read otherwise.
         """
         if not self._enabled:
