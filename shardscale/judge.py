@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
@@ -12,9 +11,10 @@ from torch import Tensor
 from torch.amp.grad_scaler import OptState
 from torch.distributed.tensor import DTensor
 
-from shardscale import drift, kernels, verdict
-from shardscale.comm import Bond, Communicator, Solo
-from shardscale.errors import DisagreementError, LayoutError, MissingRankError, StageError
+from shardscale import kernels, verdict
+from shardscale.comm import Bond, Communicator
+from shardscale.dispute import PATIENCE_S, Dispute, answer
+from shardscale.errors import LayoutError, MissingRankError, StageError
 from shardscale.fused import is_fused
 from shardscale.layouts import Layouts
 from shardscale.ledger import Ledger, Unread
@@ -23,11 +23,9 @@ from shardscale.policy import ScalePolicy
 from shardscale.records import Agreement, Call, ScaleState, ShardStats
 from shardscale.shards import LocalShards, local_shards, params_of
 from shardscale.stages import Stages
+from shardscale.stamps import Stamps
 
 __all__ = ["Judge", "Question"]
-
-# How long a rank that is about to raise waits for others that are there to hear of it.
-_PATIENCE_S = 5.0
 
 
 class Question(NamedTuple):
@@ -60,9 +58,10 @@ class Judge:
         """Begin with no history: a state that all ranks share was just loaded."""
         self.num_updates = 0
         self.stages = Stages()
+        self.stamps = Stamps()
         self.ledger = Ledger()
         self._previous: Agreement | None = None
-        self._told: dict[int, tuple[Agreement, Exception]] = {}  # disagreements, by their verdict
+        self._dispute = Dispute()
 
     @torch.no_grad()  # gradients of a graph that is kept require gradients themselves
     def judge(self, question: Question, state: ScaleState, policy: ScalePolicy) -> Agreement:
@@ -85,6 +84,7 @@ class Judge:
         stats = _nothing_found(state)
         grads: list[list[Tensor]] = []
         try:
+            self._recall(question.optimizers)
             self._prepare(question)  # in any case: other ranks of a mesh may be waiting for it
             if fault is None:
                 stats, grads = self._measure(question, state)
@@ -104,6 +104,7 @@ class Judge:
             self._tell_fault(question, Unread(agreement, call, fault))
             raise fault
         self._remember(question, agreement, call, list(map(bool, grads)))
+        self._look_for_two_scales(question.optimizers, state)
         if self.sync:
             self.read(agreement, call)
         if question.max_norm is not None:
@@ -116,7 +117,7 @@ class Judge:
     @torch.no_grad()
     def unscale_locally_(self, optimizer: Any, state: ScaleState) -> None:
         """Unscale gradients that were judged but left scaled; nothing is sent."""
-        inv_scale = kernels.inverse_scale(self.stages.stamp([optimizer], state.scale))
+        inv_scale = kernels.inverse_scale(self.stamps.of([optimizer], state.scale))
         shards = local_shards(optimizer, self.layouts.name_of)
         ignored = torch.zeros_like(inv_scale)  # the verdict is already there
         kernels.unscale_(shards.grads, inv_scale, ignored)
@@ -134,7 +135,7 @@ class Judge:
         unread = self.ledger.find(agreement) or Unread(agreement, call, None)
         flags = self.ledger.read(agreement)
         if flags.drifted or flags.faulted:
-            raise self._disagreement(unread)
+            raise self._error_of(unread)
         return flags.found
 
     def read_all(self) -> None:
@@ -160,13 +161,34 @@ class Judge:
         """
         disagreed = self.ledger.open(floor)
         if disagreed:
-            error = self._disagreement(disagreed[0])  # entered by a faulted rank, too
+            error = self._error_of(disagreed[0])  # entered by a faulted rank, too
             raise disagreed[0].fault or error
 
     def settle(self) -> None:
         """Forget an iteration that no update will close."""
         self.stages.clear()
         self.ledger.drop()
+
+    def mark_stepped(self, optimizers: Sequence[Any]) -> None:
+        """These optimizers have consumed their gradients."""
+        self.stages.mark_stepped(optimizers)
+        self.stamps.mark_stepped(optimizers)
+
+    def close(self, state: ScaleState, next_scale: Tensor, floor: float | None) -> None:
+        """Close the iteration; the state is about to take over ``next_scale``, () float32.
+
+        Args:
+            state: As it still is.
+            next_scale: What the scale will be.
+            floor: The smallest scale of the policy, if it has one.
+
+        Sync: none.
+        """
+        self.stamps.close(state.scale, self.stages.left_unscaled())
+        agreements = self.stages.agreements()
+        self.ledger.turn(self.num_updates, state.scale, next_scale, agreements, floor)
+        self.stages.clear()
+        self.num_updates += 1
 
     def _agree(
         self, stats: ShardStats, call: Call, comm: Communicator, fault: Exception | None
@@ -178,14 +200,22 @@ class Judge:
         except MissingRankError as missing:
             if fault is not None:
                 # They may have met this rank's fault in a sum of Partial gradients already.
-                self._answer(drift.account(call, fault), _PATIENCE_S)
+                answer(call, fault, self.bond.communicator(), PATIENCE_S)
                 raise fault from missing
             # The others may be missing because they have read a disagreement that this rank, with
             # other optimizers, has not: then that is what there is to tell.
             for unread in self.ledger.unread():
                 if unread.agreement.flags[1:].any():
-                    raise self._disagreement(unread) from missing
+                    raise self._error_of(unread) from missing
             raise
+
+    def _recall(self, optimizers: Sequence[Any]) -> None:
+        """Gradients that were unscaled before an update, and not touched since, still are."""
+        for optimizer in optimizers:
+            entry = self.stages.of(optimizer)
+            earlier = self.stamps.verdict_that_unscaled(optimizer)
+            if earlier is not None and not entry.was_judged:
+                entry.is_unscaled, entry.earlier = True, earlier
 
     def _prepare(self, question: Question) -> None:
         """Bring DTensor gradients to their parameters' placements, and refuse wrong optimizers."""
@@ -201,7 +231,7 @@ class Judge:
 
     def _require_unshared(self, optimizers: Sequence[Any]) -> None:
         """No gradient may belong to two optimizers: it would be unscaled and stepped twice."""
-        together = self.stages.of_one_backward(optimizers)
+        together = self.stages.of_one_backward(optimizers, self.stamps.num_begun)
         seen: set[int] = set()
         for optimizer in together if len(together) > 1 else ():
             mine = {id(p): p for p in params_of(optimizer) if p.grad is not None}
@@ -226,7 +256,7 @@ class Judge:
             grads.append(shards.grads)
             inv_scale = torch.ones_like(state.scale)
             if not entry.is_unscaled:
-                inv_scale = kernels.inverse_scale(self.stages.stamp([optimizer], state.scale))
+                inv_scale = kernels.inverse_scale(self.stamps.of([optimizer], state.scale))
             if squares is not None:
                 owned, copies = self._split(shards)
                 kernels.unscale_(owned, inv_scale, found_inf, squares)
@@ -235,8 +265,9 @@ class Judge:
                 kernels.check_(shards.grads, inv_scale, found_inf)
             else:
                 kernels.unscale_(shards.grads, inv_scale, found_inf)
-            if entry.agreement is not None:
-                found_inf = torch.maximum(found_inf, entry.agreement.found_inf)
+            before = entry.agreement or entry.earlier
+            if before is not None:
+                found_inf = torch.maximum(found_inf, before.found_inf)
         return ShardStats(found_inf, squares), grads
 
     def _split(self, shards: LocalShards) -> tuple[list[Tensor], list[Tensor]]:
@@ -259,7 +290,7 @@ class Judge:
             question.max_norm,
             self._text_of(policy),
             state,
-            self.stages.stamp(question.optimizers, state.scale),
+            self.stamps.of(question.optimizers, state.scale),
         )
 
     def _text_of(self, policy: ScalePolicy) -> str:
@@ -276,11 +307,19 @@ class Judge:
         for optimizer, has_some in zip(question.optimizers, has_grads, strict=True):
             entry = self.stages.of(optimizer)
             entry.agreement, entry.call, entry.has_grads = agreement, call, has_some
-            entry.num_begun = self.stages.num_begun
+            entry.num_begun = self.stamps.num_begun
             if not question.leaves_scaled(optimizer):
                 entry.is_unscaled = True
             if question.method != "step":
                 entry.stage = OptState.UNSCALED
+
+    def _look_for_two_scales(self, optimizers: Sequence[Any], state: ScaleState) -> None:
+        for optimizer in optimizers:
+            made_with = self.stamps.made_before(optimizer)
+            if made_with is not None:
+                first = next(p for p in params_of(optimizer) if p.grad is not None)
+                name = f"{type(optimizer).__name__} (of {self.layouts.name_of(first)})"
+                self.ledger.suspect(name, made_with, self.stamps.of([optimizer], state.scale))
 
     def _tell_fault(self, question: Question, unread: Unread) -> None:
         """Let the others know what this rank is about to raise, unless all raise alike."""
@@ -299,36 +338,11 @@ class Judge:
         patience_s = 0.0
         if self.sync or not is_late:
             self.ledger.read(agreement)
-            patience_s = _PATIENCE_S
-        accounts = self._answer(drift.account(call, fault), patience_s)
-        told = fault
-        if accounts:
-            told = DisagreementError(drift.explain(accounts, self.bond.members().rank))
-        self._told[id(agreement)] = (agreement, told)
+            patience_s = PATIENCE_S
+        self._dispute.tell(unread, self.bond.communicator(), patience_s)
 
-    def _answer(self, account: dict[str, object], patience_s: float) -> list[object]:
-        """Tell the others what this rank is about to raise, and give it a while to hear of theirs.
-
-        Their question comes whenever they read the verdict, which this rank may not live to see.
-        """
-        comm = self.bond.communicator() or Solo()
-        accounts: list[object] = []
-        thread = threading.Thread(
-            target=lambda: accounts.extend(comm.all_gather_object(account)), daemon=True
-        )
-        thread.start()
-        thread.join(patience_s)
-        return list(accounts)
-
-    def _disagreement(self, unread: Unread) -> Exception:
-        """The error of a verdict in which the ranks did not belong together; gathered once."""
-        agreement, call, fault = unread
-        if id(agreement) not in self._told:
-            comm = self.bond.communicator() or Solo()
-            accounts = comm.all_gather_object(drift.account(call, fault))
-            error = DisagreementError(drift.explain(accounts, comm.rank))
-            self._told[id(agreement)] = (agreement, error)
-        return self._told[id(agreement)][1]
+    def _error_of(self, unread: Unread) -> Exception:
+        return self._dispute.error_of(unread, self.bond.communicator())
 
 
 def _nothing_found(state: ScaleState) -> ShardStats:

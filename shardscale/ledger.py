@@ -30,14 +30,24 @@ class Unread(NamedTuple):
     fault: Exception | None
 
 
+class _Suspicion(NamedTuple):
+    """An optimizer whose gradients may have been added up over two scales."""
+
+    name: str
+    made_with: Tensor  # () float32
+    unscaled_by: Tensor  # () float32; where both are equal, all is well
+
+
 class _Page(NamedTuple):
     """One iteration, on its way to the host."""
 
     step: int
-    # (6 + 3k,) float32 on the host: found, drifted, faulted, scale, next scale, norm, then `unread`
+    # (6 + 3k + 2m,) float32 on the host: found, drifted, faulted, scale, next scale, norm, then the
+    # flags of `unread`, then the scales of `suspicions`
     numbers: Tensor
     arrived: torch.Event | None  # the copy is done; None where there was nothing to copy
     unread: list[Unread]  # the iteration's k verdicts that the host did not read
+    suspicions: list[_Suspicion]  # m of them
 
 
 class Ledger:
@@ -53,8 +63,10 @@ class Ledger:
         self._num_skipped = 0
         self._unread: dict[int, Unread] = {}
         self._read: dict[int, Flags] = {}
+        self._suspicions: list[_Suspicion] = []
         self._page: _Page | None = None
         self._num_skips_at_floor = 0
+        self._warned_of: set[str] = set()
 
     @property
     def num_skipped(self) -> int:
@@ -76,6 +88,16 @@ class Ledger:
         """Remember a verdict that was just made."""
         self._unread[id(unread.agreement)] = unread
 
+    def suspect(self, name: str, made_with: Tensor, unscaled_by: Tensor) -> None:
+        """Have an optimizer's scales compared once the host can see them.
+
+        Args:
+            name: Of the optimizer, for a warning.
+            made_with: () float32, the scale that a part of its gradients was made with.
+            unscaled_by: () float32, the scale that all of them are divided by.
+        """
+        self._suspicions.append(_Suspicion(name, made_with, unscaled_by.clone()))
+
     def find(self, agreement: Agreement) -> Unread | None:
         """What was noted of a verdict that is not read yet."""
         return self._unread.get(id(agreement))
@@ -96,7 +118,7 @@ class Ledger:
 
     def drop(self) -> None:
         """Forget the verdicts of an iteration that no update will close."""
-        self._unread, self._read = {}, {}
+        self._unread, self._read, self._suspicions = {}, {}, []
 
     def turn(
         self,
@@ -130,14 +152,15 @@ class Ledger:
         norm = normed[-1] if normed else newest.grad_norm
         on = flags.device
         rest = torch.stack([t.to(on) for t in (scale, next_scale, norm)])
-        numbers = torch.cat([flags, rest, *(u.agreement.flags for u in unread)])
+        scales = [torch.stack([t.to(on) for t in s[1:]]) for s in self._suspicions]
+        numbers = torch.cat([flags, rest, *(u.agreement.flags for u in unread), *scales])
         arrived = None
         if not numbers.is_cpu:
             numbers = numbers.to("cpu", non_blocking=True)
             arrived = torch.Event(on.type)
             arrived.record()
-        self._page = _Page(step, numbers, arrived, unread)
-        self._unread, self._read = {}, {}
+        self._page = _Page(step, numbers, arrived, unread, self._suspicions)
+        self.drop()
         if not unread and arrived is None:
             self.open(floor)
 
@@ -154,11 +177,16 @@ class Ledger:
             return []
         if page.arrived is not None:
             page.arrived.synchronize()
-        found, _, _, scale, next_scale, norm, *flags = page.numbers.tolist()
+        found, _, _, scale, next_scale, norm, *more = page.numbers.tolist()
+        flags, scales = more[: 3 * len(page.unread)], more[3 * len(page.unread) :]
         skipped = found > 0
         self._num_skipped += skipped
         self.last_report = StepReport(page.step, scale, next_scale, skipped, norm, ())
         self._warn_at_floor(self.last_report, floor)
+        for suspicion, made_with, unscaled_by in zip(
+            page.suspicions, scales[::2], scales[1::2], strict=True
+        ):
+            self._warn_of_two_scales(suspicion.name, made_with, unscaled_by)
         return [
             unread
             for unread, drifted, faulted in zip(page.unread, flags[1::3], flags[2::3], strict=True)
@@ -174,6 +202,20 @@ class Ledger:
                 "the cause. Look for Inf or NaN in the data, the loss or the learning rate.",
                 stacklevel=4,
             )
+
+
+    def _warn_of_two_scales(self, name: str, made_with: float, unscaled_by: float) -> None:
+        if made_with == unscaled_by or name in self._warned_of:
+            return
+        self._warned_of.add(name)
+        warnings.warn(
+            f"gradients of {name} were added up over two scales, {made_with:g} and "
+            f"{unscaled_by:g}, because update() changed the scale while they had not been stepped "
+            f"yet. All of them are divided by {unscaled_by:g}, so the older part counts "
+            f"{made_with / unscaled_by:g} times. Step or zero them before update(), or give that "
+            "optimizer a scaler of its own.",
+            stacklevel=4,
+        )
 
 
 def _snapshot(call: Call) -> Call:

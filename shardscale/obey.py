@@ -50,7 +50,7 @@ class Obedience:
         mistake = stages.mistake_in_stepping(optimizers)
         if mistake is None and len(optimizers) == 1 and takes_grad_scaler(optimizers[0]):
             returned = [self._let_it_ask(optimizers[0])]
-            stages.mark_stepped(optimizers)
+            self._judge.mark_stepped(optimizers)
             return returned
         if mistake is not None or stages.needs_verdict(optimizers):
             self._ask(Question("step", optimizers, mistake, leaves_scaled=is_fused))
@@ -61,7 +61,7 @@ class Obedience:
             skips = True in [self._judge.read(agreement, call) for agreement, call in found]
         self._require_gradients(optimizers)
         returned = [self._step_one(optimizer, found, skips) for optimizer in optimizers]
-        stages.mark_stepped(optimizers)
+        self._judge.mark_stepped(optimizers)
         return None if skips else returned
 
     def _step_one(
@@ -76,7 +76,7 @@ class Obedience:
                 if all(agreement is not own for own, _ in found):
                     # Ranks that fell apart over another optimizer must not move this one either.
                     found_inf = torch.maximum(found_inf, agreement.flags[1:].amax())
-            stamp = self._judge.stages.stamp([optimizer], self._state.scale)
+            stamp = self._judge.stamps.of([optimizer], self._state.scale)
             grad_scale = None if entry.is_unscaled else stamp
             return step_fused(optimizer, grad_scale, found_inf, self._args, self._kwargs)
         if skips:

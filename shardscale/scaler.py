@@ -194,8 +194,7 @@ class ShardedGradScaler(TorchNames, torch.amp.GradScaler):  # type: ignore[overr
         Collective: none.
         """
         if self._enabled:
-            self._place()
-            self._judge.stages.begin()
+            self._judge.stamps.begin(self._place().scale)
 
     def unscale_(self, optimizers: Any) -> None:
         """Divide the gradients by the scale, in place, and agree on whether all are finite.
@@ -315,23 +314,19 @@ class ShardedGradScaler(TorchNames, torch.amp.GradScaler):  # type: ignore[overr
         if not self._enabled:
             return
         floor = getattr(self._policy, "min_scale", None)
-        stages, ledger = self._judge.stages, self._judge.ledger
         self._judge.read_late(floor)
         state = self._place()
-        agreements = stages.agreements()
         if new_scale is None:
             self._require_records()
+            agreements = self._judge.stages.agreements()
             found_inf = joint_found_inf([agreement for agreement, _ in agreements])
             after = self._policy.next_state(state, found_inf.to(state.scale.device))
         else:
             chosen = self._policy.init(as_number(new_scale), state.scale.device)
             after = state._replace(scale=chosen.scale)
-        stages.keep_stamp(state.scale)
-        ledger.turn(self._judge.num_updates, state.scale, after.scale, agreements, floor)
+        self._judge.close(state, after.scale, floor)
         for old, new in zip(state, after, strict=True):
             old.copy_(new)
-        stages.clear()
-        self._judge.num_updates += 1
 
     def verdict(self, optimizers: Any) -> Verdict:
         """What the ranks decided about these optimizers since the last update.

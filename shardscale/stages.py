@@ -1,4 +1,4 @@
-"""Which optimizer went through which call since the last update, and with which scale."""
+"""Which optimizer went through which call since the last update."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
 from torch.amp.grad_scaler import OptState
 
 from shardscale.errors import ConfigError, StageError
@@ -25,6 +24,7 @@ class Entry:
     call: Call | None = None
     has_grads: bool = False  # on this rank
     is_unscaled: bool = False
+    earlier: Agreement | None = None  # a verdict that unscaled them, closed by an update since
     num_begun: int = 0  # how many iterations had begun when it was judged
 
     @property
@@ -46,16 +46,13 @@ class Stages:
         self.num_calls = 0
         self.num_unused_empty = 0  # verdicts without an optimizer that no step(()) has used yet
         self.empty: list[tuple[Agreement, Call]] = []  # the verdicts this rank only joined in
-        self._stepped: dict[int, Any] = {}  # by id; kept, so that its id is not taken by another
-        self._stamp: Tensor | None = None
-        self.num_begun = 0
 
     def of(self, optimizer: Any) -> Entry:
         """The optimizer's entry, made at first sight."""
         return self.entries.setdefault(id(optimizer), Entry(optimizer))
 
     def clear(self) -> None:
-        """Begin anew after an update; which scale a gradient was made with is kept."""
+        """Begin anew after an update."""
         self.entries = {}
         self.empty = []
         self.num_calls = 0
@@ -115,39 +112,28 @@ class Stages:
             )
         return _mixed("step") if len({e.was_judged for e in entries}) > 1 else None
 
-    def of_one_backward(self, optimizers: Sequence[Any]) -> list[Any]:
+    def of_one_backward(self, optimizers: Sequence[Any], num_begun: int) -> list[Any]:
         """These optimizers, and before them those judged since the last ``begin``.
 
         What they hold are the gradients of one iteration.
         """
-        asking = _by_id(optimizers)
+        asking = set(map(id, optimizers))
         before = [e for key, e in self.entries.items() if e.was_judged and key not in asking]
-        return [*(e.optimizer for e in before if e.num_begun == self.num_begun), *optimizers]
-
-    def begin(self) -> None:
-        """A new iteration: gradients made from here on have the scale that is newest now."""
-        self._stepped.clear()
-        self._stamp = None
-        self.num_begun += 1
-
-    def keep_stamp(self, scale: Tensor) -> None:
-        """The scale is about to change: remember it for optimizers that have not stepped yet."""
-        # Whoever never begins scales by hand, with the scale that is newest then.
-        if self._stamp is None and self.num_begun:
-            self._stamp = scale.clone()
+        return [*(e.optimizer for e in before if e.num_begun == num_begun), *optimizers]
 
     def mark_stepped(self, optimizers: Sequence[Any]) -> None:
         """These optimizers have consumed their gradients."""
         for optimizer in optimizers:
             self.of(optimizer).stage = OptState.STEPPED
-        if self.num_begun:
-            self._stepped.update(_by_id(optimizers))
 
-    def stamp(self, optimizers: Sequence[Any], newest: Tensor) -> Tensor:
-        """The scale, () float32, that these optimizers' gradients were made with."""
-        if self._stamp is None or self._stepped.keys() >= _by_id(optimizers).keys():
-            return newest
-        return self._stamp
+    def left_unscaled(self) -> list[tuple[Any, Agreement]]:
+        """Optimizers whose gradients are unscaled and not consumed, with their verdicts."""
+        entries = [e for e in self.entries.values() if e.is_unscaled]
+        return [
+            (e.optimizer, e.agreement)
+            for e in entries
+            if e.agreement and e.stage is not OptState.STEPPED
+        ]
 
 
 def as_list(optimizers: Any) -> tuple[list[Any], bool]:
@@ -181,8 +167,3 @@ def _mixed(method: str) -> StageError:
         f"{method}() was given optimizers of which only some have a verdict. Unscale all of them "
         f"in one call, or none, before {method}()."
     )
-
-
-def _by_id(optimizers: Sequence[Any]) -> dict[int, Any]:
-    # A call without optimizers is one on behalf of the other ranks' ones; 0 is no object's id.
-    return {id(o): o for o in optimizers} or {0: None}

@@ -1,4 +1,4 @@
-"""Which call may follow which, which scale a gradient has, and what ``verdict`` tells."""
+"""Which call may follow which, and what ``verdict`` tells."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from shardscale import ConfigError, ShardedGradScaler, StageError
-from shardscale.stages import Stages, as_list
+from shardscale.stages import as_list
 from shardscale.testing import run_ranks
 
 
@@ -68,58 +68,6 @@ def test_an_optimizer_named_twice_is_refused():
     one = sgd()
     with pytest.raises(ConfigError, match="named twice"):
         as_list([one, one])
-
-
-def stamp(stages, optimizers, newest):
-    return stages.stamp(optimizers, torch.tensor(newest)).item()
-
-
-def test_stamps_by_hand():
-    """The scale an optimizer's gradients were made with; an empty call stands for others' ones."""
-    stages, one, other = Stages(), sgd(), sgd()
-    stages.begin()
-    assert stamp(stages, [one], 8.0) == 8.0
-    stages.mark_stepped([one])
-    stages.keep_stamp(torch.tensor(8.0))
-    stages.clear()
-    assert stamp(stages, [one], 16.0) == 16.0
-    assert stamp(stages, [other], 16.0) == 8.0
-    assert stamp(stages, [one, other], 16.0) == 8.0
-    assert stamp(stages, (), 16.0) == 8.0
-    stages.mark_stepped(())
-    stages.keep_stamp(torch.tensor(16.0))
-    stages.clear()
-    assert stamp(stages, (), 32.0) == 32.0
-    assert stamp(stages, [other], 32.0) == 8.0
-    stages.begin()
-    assert stamp(stages, [other], 32.0) == 32.0
-
-
-def test_an_optimizer_that_was_dropped_does_not_lend_its_stamp_to_a_new_one():
-    """By its id, which Python gives to the next object: on one rank and not on another."""
-    stages = Stages()
-    stages.begin()
-    for _ in range(100):
-        stages.mark_stepped([sgd()])
-        stages.clear()
-    stages.keep_stamp(torch.tensor(8.0))
-    assert [stamp(stages, [sgd()], 16.0) for _ in range(100)] == [8.0] * 100
-
-
-def test_the_stamp_is_a_copy():
-    stages, scale = Stages(), torch.tensor(8.0)
-    stages.begin()
-    stages.keep_stamp(scale)
-    scale.fill_(16.0)
-    assert stamp(stages, [sgd()], 16.0) == 8.0
-
-
-def test_who_never_begins_is_unscaled_by_the_newest_scale():
-    """A loss multiplied by ``get_scale()`` by hand."""
-    stages, scale = Stages(), torch.tensor(8.0)
-    stages.keep_stamp(scale)
-    scale.fill_(16.0)
-    assert stamp(stages, [sgd()], 16.0) == 16.0
 
 
 @pytest.mark.parametrize("call", CALLS)

@@ -1,0 +1,167 @@
+"""Which scale an optimizer's gradients were made with, and whether they are divided by it yet."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from shardscale.records import Agreement
+
+__all__ = ["Stamps"]
+
+
+class _Mark(NamedTuple):
+    """One gradient as it was: where it lies, and how often it had been written to."""
+
+    storage: StorageWeakRef  # keeps no memory, and its number is given to no other while it lives
+    version: int
+
+
+class _Unscaled(NamedTuple):
+    """An optimizer whose gradients were unscaled, and closed by an update before it stepped."""
+
+    optimizer: Any  # kept, so that its id is not taken by another
+    marks: list[_Mark]
+    agreement: Agreement
+
+
+class _Kept(NamedTuple):
+    """Gradients that were there, not zero, when a new iteration began."""
+
+    marks: list[_Mark]
+    made_with: Tensor  # () float32: the scale they were made with, or that of now if they are zero
+
+
+class Stamps:
+    """The scales of one scaler's iterations, as far as gradients made with them are still there.
+
+    ``begin`` opens an iteration, ``close`` precedes each change of the scale. An optimizer that has
+    not stepped since the last ``begin`` has gradients of that iteration, whatever the scale is now.
+    """
+
+    def __init__(self) -> None:
+        self.num_begun = 0
+        self._stamp: Tensor | None = None  # of the iteration, if the scale may have changed since
+        self._stepped: dict[int, Any] = {}  # by id; kept, so that its id is not taken by another
+        self._known: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+        self._unscaled: dict[int, _Unscaled] = {}
+        self._kept: dict[int, _Kept] = {}
+
+    def begin(self, newest: Tensor) -> None:
+        """A new iteration: gradients made from here on have the scale ``newest``, () float32.
+
+        Sync: none on an accelerator.
+        """
+        if self._stamp is not None:
+            for key, optimizer in self._known.items():
+                if key not in self._stepped:
+                    self._keep(optimizer, newest)
+        self._stepped.clear()
+        self._unscaled.clear()
+        self._stamp = None
+        self.num_begun += 1
+
+    def close(self, scale: Tensor, unscaled: Iterable[tuple[Any, Agreement]]) -> None:
+        """The scale is about to change.
+
+        Args:
+            scale: () float32, as it still is.
+            unscaled: Optimizers that have not stepped although their gradients are unscaled, with
+                their verdicts.
+        """
+        # Whoever never begins scales by hand, with the scale that is newest then.
+        if self._stamp is None and self.num_begun:
+            self._stamp = scale.clone()
+        for optimizer, agreement in unscaled:
+            self._unscaled[id(optimizer)] = _Unscaled(optimizer, _marks(optimizer), agreement)
+
+    def mark_stepped(self, optimizers: Sequence[Any]) -> None:
+        """These optimizers have consumed their gradients."""
+        for key in _by_id(optimizers):
+            self._kept.pop(key, None)
+            self._unscaled.pop(key, None)
+        if self.num_begun:
+            self._stepped.update(_by_id(optimizers))
+
+    def of(self, optimizers: Sequence[Any], newest: Tensor) -> Tensor:
+        """The scale, () float32, that these optimizers' gradients were made with."""
+        if self._stamp is None or self._stepped.keys() >= _by_id(optimizers).keys():
+            return newest
+        return self._stamp
+
+    def verdict_that_unscaled(self, optimizer: Any) -> Agreement | None:
+        """The verdict with which gradients were unscaled before an update, if they still are.
+
+        Whatever has been written to since then holds something else.
+        """
+        found = self._unscaled.get(id(optimizer))
+        return found.agreement if found and found.marks == _marks(optimizer) else None
+
+    def made_before(self, optimizer: Any) -> Tensor | None:
+        """The scale of an earlier iteration whose gradients are still part of this optimizer's.
+
+        Returns:
+            () float32, equal to this iteration's scale where all is well; None if nothing is left.
+        """
+        try:
+            self._known[id(optimizer)] = optimizer
+        except TypeError:  # a container that no weak reference can be made to is not watched
+            return None
+        kept = self._kept.get(id(optimizer))
+        return kept.made_with if kept and _any_left(kept, optimizer) else None
+
+    def _keep(self, optimizer: Any, newest: Tensor) -> None:
+        marks = _marks(optimizer)
+        if not marks:
+            self._kept.pop(id(optimizer), None)
+            return
+        assert self._stamp is not None
+        before = self._stamp
+        if self.verdict_that_unscaled(optimizer) is not None:
+            before = torch.ones_like(newest)
+        if newest.is_cpu and before.item() == newest.item() and id(optimizer) not in self._kept:
+            return  # on the host it costs nothing to know
+        earlier = self._kept.get(id(optimizer))
+        if earlier and _any_left(earlier, optimizer):
+            before = torch.where(earlier.made_with == self._stamp, before, earlier.made_with)
+        # Gradients that were set to zero in place are there, but carry nothing.
+        made_with = torch.where(_any_nonzero(optimizer, newest), before, newest)
+        self._kept[id(optimizer)] = _Kept(marks, made_with)
+
+
+def _local_grads(optimizer: Any) -> list[Tensor]:
+    grads = [p.grad for group in optimizer.param_groups for p in group["params"]]
+    local = [getattr(g, "_local_tensor", g) for g in grads]
+    # What is neither plain nor sharded by DTensor has no memory that could be asked for here.
+    return [g for g in local if type(g) is Tensor and g.layout == torch.strided]
+
+
+def _marks(optimizer: Any) -> list[_Mark]:
+    grads = _local_grads(optimizer)
+    return [_Mark(StorageWeakRef(g.untyped_storage()), g._version) for g in grads]
+
+
+def _any_left(kept: _Kept, optimizer: Any) -> bool:
+    before = {mark.storage.cdata for mark in kept.marks}
+    return any(g.untyped_storage()._cdata in before for g in _local_grads(optimizer))
+
+
+def _any_nonzero(optimizer: Any, newest: Tensor) -> Tensor:
+    """() bool on the device of ``newest``.
+
+    Sync: none on an accelerator, unless the gradients are on another device.
+    """
+    found = torch.zeros_like(newest, dtype=torch.bool)
+    for g in _local_grads(optimizer):
+        found = found | g.any().to(newest.device)
+    return found
+
+
+def _by_id(optimizers: Sequence[Any]) -> dict[int, Any]:
+    # A call without optimizers is one on behalf of the other ranks' ones; 0 is no object's id.
+    return {id(o): o for o in optimizers} or {0: None}
