@@ -10,6 +10,7 @@ from shardscale.errors import (
     StageError,
     StateError,
 )
+from shardscale.gate import skip_on_device
 from shardscale.layouts import distinct
 from shardscale.policy import ConstantScale, DynamicScale, ScalePolicy
 from shardscale.records import Culprit, ScaleState, StepReport, Verdict
@@ -29,6 +30,7 @@ __all__ = [
     "ScaleState",
     "ShardedGradScaler",
     "ShardScaleError",
+    "skip_on_device",
     "StageError",
     "StateError",
     "StepReport",

@@ -10,12 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["is_fused", "step_fused", "takes_grad_scaler"]
+__all__ = ["is_fused", "leaves_scaled", "step_fused", "takes_grad_scaler"]
 
 
 def is_fused(optimizer: Any) -> bool:
     """Whether the optimizer reads ``grad_scale`` and ``found_inf`` in its own step."""
     return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+
+
+def leaves_scaled(optimizer: Any) -> bool:
+    """Whether its gradients are judged only, because its own kernel divides them by the scale."""
+    return is_fused(optimizer) and not getattr(optimizer, "_is_gated", False)
 
 
 def takes_grad_scaler(optimizer: Any) -> bool:
@@ -60,8 +65,9 @@ def step_fused(
     try:
         returned = optimizer.step(*args, **kwargs)
     finally:
-        del optimizer.grad_scale
-        del optimizer.found_inf
+        for name in ("grad_scale", "found_inf"):
+            if hasattr(optimizer, name):  # a step that raised may have taken them off already
+                delattr(optimizer, name)
     # torch's fused SGD allocates the momentum buffer before its kernel finds out that the step is
     # skipped. What it then leaves is uninitialised memory that the next step takes for momentum.
     if without_momentum and found_inf.item():
@@ -73,7 +79,7 @@ def step_fused(
 
 
 def _params_without_momentum(optimizer: Any) -> list[Tensor]:
-    if not isinstance(optimizer, torch.optim.SGD):
+    if not isinstance(optimizer, torch.optim.SGD) or not leaves_scaled(optimizer):
         return []
     return [
         param

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from shardscale.errors import StageError, StateError
-from shardscale.fused import is_fused, step_fused, takes_grad_scaler
+from shardscale.fused import is_fused, leaves_scaled, step_fused, takes_grad_scaler
 from shardscale.judge import Judge, Question
 from shardscale.records import Agreement, Call, ScaleState
 from shardscale.verdict import joint_found_inf
@@ -53,7 +53,7 @@ class Obedience:
             self._judge.mark_stepped(optimizers)
             return returned
         if mistake is not None or stages.needs_verdict(optimizers):
-            self._ask(Question("step", optimizers, mistake, leaves_scaled=is_fused))
+            self._ask(Question("step", optimizers, mistake, leaves_scaled=leaves_scaled))
         found = stages.verdicts(optimizers)
         skips = False
         if not optimizers or not all(map(is_fused, optimizers)):
@@ -94,7 +94,7 @@ class Obedience:
                 "the scaler for a verdict, so it may have stepped on Inf. It must call "
                 "grad_scaler._check_inf_per_device(self) and obey it."
             )
-            self._ask(Question("step", [optimizer], mistake, leaves_scaled=is_fused))
+            self._ask(Question("step", [optimizer], mistake, leaves_scaled=leaves_scaled))
         return returned
 
     def _pass_scaler(self, optimizer: Any) -> Any:

@@ -39,6 +39,7 @@ FLOORS = {
     "diagnose": 2,
     "checkpoint": 2,
     "dispute": 3,
+    "gate": 3,
     "judge": 3,
     "obey": 3,
     "scaler": 3,

@@ -1,0 +1,269 @@
+"""Optimizers made to skip on the device: a bad step changes no bit, a good one gives its own."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+
+import pytest
+import torch
+from torch import optim
+
+from shardscale import ConfigError, ShardedGradScaler, skip_on_device
+
+SCALE = 8.0
+# Every optimizer of torch that has no step counter on the host, in each of its implementations.
+ELEMENTWISE = {
+    "SGD": functools.partial(optim.SGD, lr=0.25),
+    "SGD momentum": functools.partial(optim.SGD, lr=0.25, momentum=0.9),
+    "SGD nesterov": functools.partial(
+        optim.SGD, lr=0.25, momentum=0.9, nesterov=True, weight_decay=0.1
+    ),
+    "SGD maximize": functools.partial(optim.SGD, lr=0.25, maximize=True),
+    "Adam": functools.partial(optim.Adam, lr=0.25),
+    "Adam amsgrad": functools.partial(optim.Adam, lr=0.25, amsgrad=True),
+    "AdamW": functools.partial(optim.AdamW, lr=0.25),
+    "NAdam": functools.partial(optim.NAdam, lr=0.25),
+    "RAdam": functools.partial(optim.RAdam, lr=0.25),
+    "Adamax": functools.partial(optim.Adamax, lr=0.25),
+    "Adagrad": functools.partial(optim.Adagrad, lr=0.25),
+    "Adadelta": functools.partial(optim.Adadelta, lr=0.25),
+    "RMSprop": functools.partial(optim.RMSprop, lr=0.25, momentum=0.9, centered=True),
+    "Rprop": functools.partial(optim.Rprop, lr=0.25),
+    "ASGD": functools.partial(optim.ASGD, lr=0.25, t0=2),
+}
+MAKERS = {
+    f"{name}, {'foreach' if foreach else 'loop'}": functools.partial(make, foreach=foreach)
+    for name, make in ELEMENTWISE.items()
+    for foreach in (False, True)
+} | {
+    "Muon": functools.partial(optim.Muon, lr=0.25),
+    "Adafactor": functools.partial(optim.Adafactor, lr=0.25),
+}
+# Numbers that arithmetic would not give back: both zeros, a denormal, the largest, and a fraction.
+ODD_NUMBERS = torch.tensor([[-0.0, 0.0, 1e-45], [3e38, 1 / 3, -2.0]])
+
+
+def make_params():
+    rest = torch.arange(6.0).reshape(2, 3)
+    return [torch.nn.Parameter(t.clone()) for t in (ODD_NUMBERS, rest, rest)]
+
+
+def bits(optimizer):
+    """Everything that a step may change, to the bit, by parameter and name."""
+    params = optimizer.param_groups[0]["params"]
+    found = {(i, None): p.detach() for i, p in enumerate(params)}
+    for i, p in enumerate(params):
+        found |= {(i, key): value for key, value in optimizer.state.get(p, {}).items()}
+    return {at: t.clone().view(torch.int32) for at, t in found.items()}
+
+
+def assert_same(some, others):
+    assert some.keys() == others.keys()
+    for at in some:
+        assert torch.equal(some[at], others[at]), at
+
+
+def give_grads(optimizer, step, scale, bad=False):
+    """The last parameter never has a gradient."""
+    for i, p in enumerate(optimizer.param_groups[0]["params"][:-1]):
+        generator = torch.Generator().manual_seed(10 * step + i)
+        p.grad = torch.randn(p.shape, generator=generator) * scale
+    if bad:
+        p.grad[0, 0] = math.nan if step % 2 else math.inf
+
+
+def steps(optimizer, bad_steps, num_steps=5):
+    """Step with a scaler; the bits before the first and after each step."""
+    scaler = ShardedGradScaler("cpu", init_scale=SCALE)
+    seen = [bits(optimizer)]
+    for step in range(num_steps):
+        give_grads(optimizer, step, scaler.get_scale(), step in bad_steps)
+        scaler.step(optimizer)
+        scaler.update()
+        seen.append(bits(optimizer))
+    return seen
+
+
+@pytest.mark.parametrize("bad_steps", [{0}, {2}, {0, 1, 3}], ids=str)
+@pytest.mark.parametrize("name", MAKERS)
+def test_a_gated_optimizer_ends_where_one_ends_that_the_host_skips(name, bad_steps):
+    """Against the same optimizer whose ``step`` was not called at all."""
+    gated = skip_on_device(MAKERS[name](make_params()))
+    plain = MAKERS[name](make_params())
+    ours, theirs = steps(gated, bad_steps), steps(plain, bad_steps)
+    for step, (mine, expected) in enumerate(zip(ours, theirs, strict=True)):
+        assert_same(mine, expected)
+        if step - 1 in bad_steps:
+            assert_same(mine, ours[step - 1])
+
+
+def test_no_verdict_is_read_by_the_host(monkeypatch):
+    """What it does on an accelerator is counted in ``tests/ranks/test_gate.py``."""
+    optimizer = skip_on_device(optim.RMSprop(make_params()))
+    scaler = ShardedGradScaler("cpu", init_scale=SCALE)
+    for step in range(3):
+        give_grads(optimizer, step, SCALE)
+        if step:  # the first makes the state
+
+            def refuse(*_):
+                raise AssertionError("the host has read a verdict")
+
+            monkeypatch.setattr(scaler._judge, "read", refuse)
+        scaler.step(optimizer)
+        scaler.update()
+
+
+@pytest.mark.parametrize("how", ["unscale_", "clip_grad_norm_"])
+def test_gradients_unscaled_before_the_step_are_unscaled_once(how):
+    optimizer = skip_on_device(optim.RMSprop(make_params()))
+    plain = optim.RMSprop(make_params())
+    for each in (optimizer, plain):
+        scaler = ShardedGradScaler("cpu", init_scale=SCALE)
+        for step in range(3):
+            give_grads(each, step, scaler.get_scale(), step == 1)
+            if how == "unscale_":
+                scaler.unscale_(each)
+            else:
+                scaler.clip_grad_norm_(each, 0.5)
+            scaler.step(each)
+            scaler.update()
+    assert_same(bits(optimizer), bits(plain))
+
+
+def test_torchs_scaler_drives_a_gated_optimizer_too():
+    """It hands the scale over, as to any fused optimizer."""
+    gated, plain = skip_on_device(optim.RMSprop(make_params())), optim.RMSprop(make_params())
+    for each in (gated, plain):
+        scaler = torch.amp.GradScaler("cpu", init_scale=SCALE)
+        scaler.scale(torch.ones(()))
+        for step in range(4):
+            give_grads(each, step, scaler.get_scale(), step == 1)
+            scaler.step(each)
+            scaler.update()
+    assert_same(bits(gated), bits(plain))
+
+
+def test_an_own_grad_scale_is_divided_out():
+    gated = skip_on_device(optim.SGD(make_params(), lr=0.5))
+    scaler = ShardedGradScaler("cpu", init_scale=SCALE)
+    give_grads(gated, 0, SCALE * 4.0)
+    gated.grad_scale = torch.tensor(4.0)
+    scaler.step(gated)
+    plain = optim.SGD(make_params(), lr=0.5)
+    give_grads(plain, 0, 1.0)
+    plain.step()
+    assert_same(bits(gated), bits(plain))
+
+
+def test_without_a_scaler_it_steps_as_ever():
+    gated, plain = skip_on_device(optim.Adam(make_params())), optim.Adam(make_params())
+    for each in (gated, plain):
+        give_grads(each, 0, 1.0)
+        each.step()
+    assert_same(bits(gated), bits(plain))
+
+
+def test_a_scheduler_sees_an_optimizer_as_ever():
+    gated = skip_on_device(optim.SGD(make_params(), lr=1.0))
+    scheduler = optim.lr_scheduler.StepLR(gated, step_size=1, gamma=0.5)
+    scaler = ShardedGradScaler("cpu", init_scale=SCALE)
+    give_grads(gated, 0, SCALE)
+    scaler.step(gated)
+    scheduler.step()
+    scaler.update()
+    assert gated.param_groups[0]["lr"] == 0.5
+
+
+def test_a_fused_optimizer_is_left_as_it_is():
+    optimizer = optim.AdamW(make_params(), fused=True)
+    assert skip_on_device(optimizer) is optimizer
+    assert not optimizer._optimizer_step_pre_hooks
+
+
+def test_gating_twice_gates_once():
+    optimizer = skip_on_device(skip_on_device(optim.SGD(make_params())))
+    assert len(optimizer._optimizer_step_pre_hooks) == 1
+
+
+def test_its_state_dict_is_that_of_the_optimizer():
+    gated, plain = skip_on_device(optim.Adam(make_params())), optim.Adam(make_params())
+    steps(gated, {1})
+    steps(plain, {1})
+    plain.load_state_dict(copy.deepcopy(gated.state_dict()))
+    assert_same(bits(gated), bits(plain))
+
+
+class Container:
+    def __init__(self):
+        self.param_groups = []
+
+    def step(self):
+        """Does nothing."""
+
+
+@pytest.mark.parametrize("wrong", [None, Container(), [torch.optim.SGD(make_params())]], ids=str)
+def test_only_an_optimizer_can_be_gated(wrong):
+    with pytest.raises(ConfigError, match=r"must be a torch\.optim\.Optimizer"):
+        skip_on_device(wrong)
+
+
+class CountsInPython(optim.Optimizer):
+    """Adds its gradient, and counts its steps where no device can put them back."""
+
+    def __init__(self, params, where):
+        super().__init__(params, {"num_steps": 0})
+        self.where = where
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p += p.grad
+                    if self.where == "state":
+                        self.state[p]["num_steps"] = self.state[p].get("num_steps", 0) + 1
+        if self.where == "group":
+            group["num_steps"] += 1
+        elif self.where == "beside":
+            self.state["num_steps"] = 1
+
+
+@pytest.mark.parametrize(
+    ("where", "reason"),
+    [
+        ("state", "keeps 'num_steps' of its state as a Python int"),
+        ("group", "changes 'num_steps' of its param_groups"),
+        ("beside", "keeps 'num_steps' in its state, which belongs to no parameter"),
+    ],
+)
+def test_what_cannot_be_put_back_is_refused_before_anything_has_moved(where, reason):
+    optimizer = skip_on_device(CountsInPython(make_params(), where))
+    scaler = ShardedGradScaler("cpu", init_scale=SCALE)
+    give_grads(optimizer, 0, SCALE)
+    with pytest.raises(ConfigError, match=reason):
+        scaler.step(optimizer)
+    for p, expected in zip(optimizer.param_groups[0]["params"], make_params(), strict=True):
+        assert torch.equal(p.view(torch.int32), expected.view(torch.int32))
+
+
+class Rebinds(optim.Optimizer):
+    """Puts a new tensor into its state at every step."""
+
+    def __init__(self, params):
+        super().__init__(params, {})
+
+    @torch.no_grad()
+    def step(self):
+        for p in self.param_groups[0]["params"]:
+            if p.grad is not None:
+                self.state[p]["sum"] = self.state[p].get("sum", torch.zeros_like(p)) + p.grad
+                p -= self.state[p]["sum"]
+
+
+def test_a_state_that_is_replaced_instead_of_written_to_is_put_back():
+    assert_same(
+        steps(skip_on_device(Rebinds(make_params())), {1, 2})[-1],
+        steps(Rebinds(make_params()), {1, 2})[-1],
+    )
