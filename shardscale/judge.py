@@ -2,40 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from itertools import chain
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.amp.grad_scaler import OptState
-from torch.distributed.tensor import DTensor
 
 from shardscale import kernels, verdict
+from shardscale.backward import mistake_inside_backward
 from shardscale.comm import Bond, Communicator
 from shardscale.dispute import PATIENCE_S, Dispute, answer
-from shardscale.errors import LayoutError, MissingRankError, StageError
+from shardscale.errors import MissingRankError, StageError
+from shardscale.examine import Examiner, Question, nothing_found
 from shardscale.fused import is_fused
 from shardscale.layouts import Layouts
 from shardscale.ledger import Ledger, Unread
-from shardscale.placements import align_
 from shardscale.policy import ScalePolicy
 from shardscale.records import Agreement, Call, ScaleState, ShardStats
-from shardscale.shards import LocalShards, local_shards, params_of
+from shardscale.shards import local_shards, params_of
 from shardscale.stages import Stages
 from shardscale.stamps import Stamps
 
-__all__ = ["Judge", "Question"]
-
-
-class Question(NamedTuple):
-    """What a method of the scaler wants judged."""
-
-    method: str
-    optimizers: Sequence[Any]
-    mistake: StageError | None = None  # a call-order error that this rank has already found
-    max_norm: float | None = None  # asks for the norm, too
-    leaves_scaled: Callable[[Any], bool] = lambda optimizer: False  # judged, but not multiplied
+__all__ = ["Judge"]
 
 
 class Judge:
@@ -81,13 +70,15 @@ class Judge:
         """
         comm = self.bond.communicator()
         fault: Exception | None = question.mistake
-        stats = _nothing_found(state)
+        fault = fault or mistake_inside_backward(question.method)
+        stats = nothing_found(state)
         grads: list[list[Tensor]] = []
         try:
-            self._recall(question.optimizers)
-            self._prepare(question)  # in any case: other ranks of a mesh may be waiting for it
+            examiner = Examiner(self.layouts, self.stages, self.stamps, self.bond.members())
+            # In any case: other ranks of a mesh may be waiting for it.
+            examiner.prepare(question.optimizers, self.bond.timeout_s)
             if fault is None:
-                stats, grads = self._measure(question, state)
+                stats, grads = examiner.measure(question, state)
         except Exception as error:  # noqa: BLE001 - raised again, once this rank has joined
             fault = fault or error
         call = self._call(question, state, policy)
@@ -209,78 +200,6 @@ class Judge:
                     raise self._error_of(unread) from missing
             raise
 
-    def _recall(self, optimizers: Sequence[Any]) -> None:
-        """Gradients that were unscaled before an update, and not touched since, still are."""
-        for optimizer in optimizers:
-            entry = self.stages.of(optimizer)
-            earlier = self.stamps.verdict_that_unscaled(optimizer)
-            if earlier is not None and not entry.was_judged:
-                entry.is_unscaled, entry.earlier = True, earlier
-
-    def _prepare(self, question: Question) -> None:
-        """Bring DTensor gradients to their parameters' placements, and refuse wrong optimizers."""
-        params = list(chain.from_iterable(map(params_of, question.optimizers)))
-        sharded: list[DTensor] = []
-        if DTensor in set(map(type, params)):
-            sharded = list({id(p): p for p in params if isinstance(p, DTensor)}.values())
-            summed = align_(sharded, self.layouts.name_of, self.bond.timeout_s)
-            self.layouts.mark_summed(summed)
-        self.layouts.require_inside(sharded, self.bond.members())
-        self.layouts.require_in_use(params)
-        self._require_unshared(question.optimizers)
-
-    def _require_unshared(self, optimizers: Sequence[Any]) -> None:
-        """No gradient may belong to two optimizers: it would be unscaled and stepped twice."""
-        together = self.stages.of_one_backward(optimizers, self.stamps.num_begun)
-        seen: set[int] = set()
-        for optimizer in together if len(together) > 1 else ():
-            mine = {id(p): p for p in params_of(optimizer) if p.grad is not None}
-            for key in mine.keys() & seen:
-                raise LayoutError(
-                    f"{self.layouts.name_of(mine[key])} is in two optimizers that are stepped in "
-                    "one iteration, so its one gradient would be unscaled and applied twice. Keep "
-                    "it in one of them, or scale a new loss between the two."
-                )
-            seen |= mine.keys()
-
-    def _measure(
-        self, question: Question, state: ScaleState
-    ) -> tuple[ShardStats, list[list[Tensor]]]:
-        """What this rank finds, and the gradients it found it in, for each optimizer."""
-        found_inf = torch.zeros_like(state.scale)
-        squares = None if question.max_norm is None else _zero_squares(state)
-        grads: list[list[Tensor]] = []
-        for optimizer in question.optimizers:
-            entry = self.stages.of(optimizer)
-            shards = local_shards(optimizer, self.layouts.name_of, squares is not None)
-            grads.append(shards.grads)
-            inv_scale = torch.ones_like(state.scale)
-            if not entry.is_unscaled:
-                inv_scale = kernels.inverse_scale(self.stamps.of([optimizer], state.scale))
-            if squares is not None:
-                owned, copies = self._split(shards)
-                kernels.unscale_(owned, inv_scale, found_inf, squares)
-                kernels.unscale_(copies, inv_scale, found_inf)
-            elif question.leaves_scaled(optimizer):
-                kernels.check_(shards.grads, inv_scale, found_inf)
-            else:
-                kernels.unscale_(shards.grads, inv_scale, found_inf)
-            before = entry.agreement or entry.earlier
-            if before is not None:
-                found_inf = torch.maximum(found_inf, before.found_inf)
-        return ShardStats(found_inf, squares), grads
-
-    def _split(self, shards: LocalShards) -> tuple[list[Tensor], list[Tensor]]:
-        """The gradients that this rank counts in the norm, and those that another one counts."""
-        members = self.bond.members()
-        if members.size == 1:
-            return shards.grads, []
-        owned: list[Tensor] = []
-        copies: list[Tensor] = []
-        for param, grad in zip(*shards, strict=True):
-            (owned if self.layouts.is_owner(param, members) else copies).append(grad)
-        return owned, copies
-
     def _call(self, question: Question, state: ScaleState, policy: ScalePolicy) -> Call:
         return Call(
             self.num_updates,
@@ -343,12 +262,3 @@ class Judge:
 
     def _error_of(self, unread: Unread) -> Exception:
         return self._dispute.error_of(unread, self.bond.communicator())
-
-
-def _nothing_found(state: ScaleState) -> ShardStats:
-    return ShardStats(torch.zeros_like(state.scale), None)
-
-
-def _zero_squares(state: ScaleState) -> Tensor:
-    device = "cpu" if state.scale.device.type == "mps" else state.scale.device
-    return torch.zeros((), dtype=torch.float64, device=device)

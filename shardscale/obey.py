@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from shardscale.errors import StageError, StateError
+from shardscale.examine import Question
 from shardscale.fused import is_fused, leaves_scaled, step_fused, takes_grad_scaler
-from shardscale.judge import Judge, Question
+from shardscale.judge import Judge
 from shardscale.records import Agreement, Call, ScaleState
 from shardscale.verdict import joint_found_inf
 

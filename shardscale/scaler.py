@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from shardscale.arguments import as_number, is_usable, require_device_type
+from shardscale.backward import refuse_optimizers_in_backward
 from shardscale.checkpoint import from_state_dict, to_state_dict
 from shardscale.comm import Bond, Communicator
 from shardscale.errors import ConfigError, StageError, StateError
-from shardscale.judge import Judge, Question
+from shardscale.examine import Question
+from shardscale.judge import Judge
 from shardscale.kernels import NAME as KERNEL
 from shardscale.layouts import Copies
 from shardscale.obey import Obedience, refuse_closure
@@ -134,10 +136,12 @@ class ShardedGradScaler(TorchNames, torch.amp.GradScaler):  # type: ignore[overr
 
         Raises:
             ConfigError: ``copies`` is no function.
+            StageError: optimizers of its parameters run inside backward.
 
         Collective: none.
         """
         self._judge.layouts.attach(model, copies)
+        refuse_optimizers_in_backward(model.parameters(), self._judge.layouts.name_of)
         return self
 
     def describe(self) -> str:

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.amp.grad_scaler import _refresh_per_optimizer_state
 
 from shardscale import kernels
-from shardscale.judge import Judge, Question
+from shardscale.examine import Question
+from shardscale.judge import Judge
 from shardscale.policy import ScalePolicy
 from shardscale.records import ScaleState
 from shardscale.shards import local_shards

@@ -30,7 +30,10 @@ _TRAIN = f"{_LAYOUT}::test_training_equals_one_process_bit_for_bit_and_skips_tog
 _BAD = "tests/ranks/test_bad_layouts.py"
 _JOB = "tests/conformance/test_whole_job_in_threads.py"
 _SHARDS = "tests/unit/test_shards.py"
-_STAGES = "tests/unit/test_stages.py"
+_STAMPS = "tests/unit/test_stamps.py"
+_GATE = "tests/unit/test_gate.py"
+_ORDER = "tests/ranks/test_wrong_order.py"
+_LATE = "tests/ranks/test_late_reading.py"
 _POLICY = "tests/unit/test_policy.py"
 
 MUTANTS = [
@@ -209,7 +212,7 @@ MUTANTS = [
     ),
     Mutant(
         "clip_grad_norm_ unscales what unscale_ has unscaled",
-        "shardscale/judge.py",
+        "shardscale/examine.py",
         """\
             if not entry.is_unscaled:
                 inv_scale = kernels""",
@@ -228,8 +231,8 @@ MUTANTS = [
     Mutant(
         "a gradient of two optimizers goes unnoticed where they are judged one by one",
         "shardscale/stages.py",
-        "if e.num_begun == self.num_begun), *optimizers]",
-        "if e.num_begun < self.num_begun), *optimizers]",
+        "if e.num_begun == num_begun), *optimizers]",
+        "if e.num_begun < num_begun), *optimizers]",
         (
             "tests/conformance/test_unscale.py::test_a_gradient_of_two_optimizers_is_refused"
             "[False-unscale_]",
@@ -286,10 +289,85 @@ MUTANTS = [
     ),
     Mutant(
         "who never begins is unscaled by the first scale",
-        "shardscale/stages.py",
+        "shardscale/stamps.py",
         "if self._stamp is None and self.num_begun:",
         "if self._stamp is None:",
-        (f"{_STAGES}::test_who_never_begins_is_unscaled_by_the_newest_scale",),
+        (f"{_STAMPS}::test_who_never_begins_is_unscaled_by_the_newest_scale",),
+    ),
+    Mutant(
+        "a rank's stamp is its own affair",
+        "shardscale/verdict.py",
+        "    for number in (call.stamp, call.state.scale):\n",
+        "    for number in (call.state.scale, call.state.scale):\n",
+        (f"{_DISAGREE}::test_a_rank_without_a_loss_that_forgets_to_begin_is_a_disagreement",),
+    ),
+    Mutant(
+        "an update forgets which gradients are unscaled",
+        "shardscale/judge.py",
+        "        self.stamps.close(state.scale, self.stages.left_unscaled())\n",
+        "        self.stamps.close(state.scale, ())\n",
+        (
+            f"{_STAMPS}::test_an_update_in_between_does_not_make_unscaled_gradients_scaled_again",
+            f"{_STAMPS}::test_a_joint_verdict_of_the_other_optimizer_stays_bad_across_the_update",
+        ),
+    ),
+    Mutant(
+        "gradients that were touched are taken for unscaled ones",
+        "shardscale/stamps.py",
+        "if found and found.marks == _marks(optimizer) else None",
+        "if found else None",
+        (
+            f"{_STAMPS}::test_gradients_touched_since_then_are_scaled_ones[replace]",
+            f"{_STAMPS}::test_gradients_touched_since_then_are_scaled_ones[zero and add]",
+        ),
+    ),
+    Mutant(
+        "gradients set to zero in place are taken for old ones",
+        "shardscale/stamps.py",
+        "torch.where(_any_nonzero(optimizer, newest), before, newest)",
+        "before",
+        (f"{_STAMPS}::test_gradients_that_were_zeroed_carry_no_scale[False-False]",),
+    ),
+    Mutant(
+        "a late flag is dropped",
+        "shardscale/judge.py",
+        "        if disagreed:\n",
+        "        if disagreed and self.sync:\n",
+        (
+            f"{_DISAGREE}::test_where_it_does_not_all_raise_at_the_next_update_and_nothing_moved",
+            f"{_LATE}::test_a_verdict_nobody_read_surfaces_at_the_next_update_of_every_rank",
+        ),
+    ),
+    Mutant(
+        "two scalers share one ordinal",
+        "shardscale/comm/bond.py",
+        "        return next(self._of.setdefault(group, itertools.count(self._first)))",
+        "        return self._first",
+        (f"{_ORDER}::test_two_scalers_whose_calls_interleave_differently_disagree",),
+    ),
+    Mutant(
+        "a gated optimizer's state is not put back",
+        "shardscale/gate.py",
+        "        for param, key, value in copies:\n",
+        "        for param, key, value in [c for c in copies if c.key is None]:\n",
+        (f"{_GATE}::test_a_gated_optimizer_ends_where_one_ends_that_the_host_skips",),
+    ),
+    Mutant(
+        "state made by a skipped first step is kept",
+        "shardscale/gate.py",
+        "        if fresh and found_inf.item():\n",
+        "        if fresh and not found_inf.item() > -1:\n",
+        (
+            f"{_GATE}::test_a_gated_optimizer_ends_where_one_ends_that_the_host_skips"
+            "[Adam, foreach-{0}]",
+        ),
+    ),
+    Mutant(
+        "an optimizer may run inside backward",
+        "shardscale/judge.py",
+        "        fault = fault or mistake_inside_backward(question.method)\n",
+        "",
+        (f"{_ORDER}::test_a_step_inside_backward_is_refused_with_the_reason",),
     ),
     Mutant(
         "every rank counts what it holds",

@@ -1,0 +1,152 @@
+"""What one rank finds in its own gradients, before any other rank is asked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import chain
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from shardscale import kernels
+from shardscale.backward import refuse_optimizers_in_backward
+from shardscale.errors import LayoutError, StageError
+from shardscale.layouts import Layouts
+from shardscale.placements import align_
+from shardscale.records import Members, ScaleState, ShardStats
+from shardscale.shards import LocalShards, local_shards, params_of
+from shardscale.stages import Stages
+from shardscale.stamps import Stamps
+
+__all__ = ["Examiner", "Question", "nothing_found"]
+
+
+class Question(NamedTuple):
+    """What a method of the scaler wants judged."""
+
+    method: str
+    optimizers: Sequence[Any]
+    mistake: StageError | None = None  # a call-order error that this rank has already found
+    max_norm: float | None = None  # asks for the norm, too
+    leaves_scaled: Callable[[Any], bool] = lambda optimizer: False  # judged, but not multiplied
+
+
+class Examiner:
+    """Looks at the gradients of one question.
+
+    Args:
+        layouts: Names of parameters, and who counts them.
+        stages: What is known of the optimizers.
+        stamps: Which scales their gradients have.
+        members: The ranks that agree.
+    """
+
+    def __init__(self, layouts: Layouts, stages: Stages, stamps: Stamps, members: Members) -> None:
+        self._layouts = layouts
+        self._stages = stages
+        self._stamps = stamps
+        self._members = members
+
+    def prepare(self, optimizers: Sequence[Any], timeout_s: float | None) -> None:
+        """Bring DTensor gradients to their parameters' placements, and refuse wrong optimizers.
+
+        Args:
+            optimizers: Those of the question.
+            timeout_s: Seconds that a sum of Partial gradients may take; None for the default.
+
+        Raises:
+            LayoutError: a gradient cannot be judged; names the parameter.
+
+        Collective: the ranks of a mesh that has Partial gradients sum these.
+        """
+        self._recall(optimizers)
+        params = list(chain.from_iterable(map(params_of, optimizers)))
+        sharded: list[DTensor] = []
+        if DTensor in set(map(type, params)):
+            sharded = list({id(p): p for p in params if isinstance(p, DTensor)}.values())
+            summed = align_(sharded, self._layouts.name_of, timeout_s)
+            self._layouts.mark_summed(summed)
+        self._layouts.require_inside(sharded, self._members)
+        self._layouts.require_in_use(params)
+        self._require_unshared(optimizers)
+
+    def measure(
+        self, question: Question, state: ScaleState
+    ) -> tuple[ShardStats, list[list[Tensor]]]:
+        """What this rank finds, and the gradients it found it in, for each optimizer.
+
+        Raises:
+            LayoutError: a gradient cannot be judged; names the parameter.
+            StageError: an optimizer has stepped inside backward.
+
+        Sync: none on an accelerator.
+        """
+        found_inf = torch.zeros_like(state.scale)
+        squares = None if question.max_norm is None else _zero_squares(state)
+        grads: list[list[Tensor]] = []
+        for optimizer in question.optimizers:
+            entry = self._stages.of(optimizer)
+            shards = local_shards(optimizer, self._layouts.name_of, squares is not None)
+            if not shards.grads:  # they may be gone already
+                refuse_optimizers_in_backward(params_of(optimizer), self._layouts.name_of)
+            grads.append(shards.grads)
+            inv_scale = torch.ones_like(state.scale)
+            if not entry.is_unscaled:
+                inv_scale = kernels.inverse_scale(self._stamps.of([optimizer], state.scale))
+            if squares is not None:
+                owned, copies = self._split(shards)
+                kernels.unscale_(owned, inv_scale, found_inf, squares)
+                kernels.unscale_(copies, inv_scale, found_inf)
+            elif question.leaves_scaled(optimizer):
+                kernels.check_(shards.grads, inv_scale, found_inf)
+            else:
+                kernels.unscale_(shards.grads, inv_scale, found_inf)
+            before = entry.agreement or entry.earlier
+            if before is not None:
+                found_inf = torch.maximum(found_inf, before.found_inf)
+        return ShardStats(found_inf, squares), grads
+
+    def _recall(self, optimizers: Sequence[Any]) -> None:
+        """Gradients that were unscaled before an update, and not touched since, still are."""
+        for optimizer in optimizers:
+            entry = self._stages.of(optimizer)
+            earlier = self._stamps.verdict_that_unscaled(optimizer)
+            if earlier is not None and not entry.was_judged:
+                entry.is_unscaled, entry.earlier = True, earlier
+
+    def _require_unshared(self, optimizers: Sequence[Any]) -> None:
+        """No gradient may belong to two optimizers: it would be unscaled and stepped twice."""
+        together = self._stages.of_one_backward(optimizers, self._stamps.num_begun)
+        seen: set[int] = set()
+        for optimizer in together if len(together) > 1 else ():
+            mine = {id(p): p for p in params_of(optimizer) if p.grad is not None}
+            for key in mine.keys() & seen:
+                raise LayoutError(
+                    f"{self._layouts.name_of(mine[key])} is in two optimizers that are stepped in "
+                    "one iteration, so its one gradient would be unscaled and applied twice. Keep "
+                    "it in one of them, or scale a new loss between the two."
+                )
+            seen |= mine.keys()
+
+    def _split(self, shards: LocalShards) -> tuple[list[Tensor], list[Tensor]]:
+        """The gradients that this rank counts in the norm, and those that another one counts."""
+        members = self._members
+        if members.size == 1:
+            return shards.grads, []
+        owned: list[Tensor] = []
+        copies: list[Tensor] = []
+        for param, grad in zip(*shards, strict=True):
+            (owned if self._layouts.is_owner(param, members) else copies).append(grad)
+        return owned, copies
+
+
+def nothing_found(state: ScaleState) -> ShardStats:
+    """What a rank reports that has not looked."""
+    return ShardStats(torch.zeros_like(state.scale), None)
+
+
+def _zero_squares(state: ScaleState) -> Tensor:
+    device = "cpu" if state.scale.device.type == "mps" else state.scale.device
+    return torch.zeros((), dtype=torch.float64, device=device)
