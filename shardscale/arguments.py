@@ -9,7 +9,7 @@ from torch import Tensor
 
 from shardscale.errors import ConfigError
 
-__all__ = ["as_number", "is_usable", "require_device_type"]
+__all__ = ["as_max_norm", "as_number", "is_usable", "require_device_type"]
 
 
 def is_usable(device: str) -> bool:
@@ -58,3 +58,25 @@ def as_number(new_scale: float | Tensor) -> float:
     if isinstance(new_scale, bool) or not isinstance(new_scale, int | float):
         raise ConfigError(f"new_scale is {new_scale!r}, but must be a number or a tensor of one.")
     return float(new_scale)
+
+
+def as_max_norm(max_norm: float | Tensor, device: torch.device) -> float | Tensor:
+    """The largest norm as a number, or as a tensor, () float32, where ``device`` can look at it.
+
+    Raises:
+        ConfigError: it is negative, NaN, or a tensor of several elements.
+
+    Sync: reads a tensor that is on another device.
+    """
+    if isinstance(max_norm, Tensor):
+        if max_norm.numel() != 1 or max_norm.requires_grad:
+            raise ConfigError(
+                "max_norm must be a number or a tensor of one element without requires_grad; found "
+                f"shape {tuple(max_norm.shape)}, requires_grad={max_norm.requires_grad}."
+            )
+        if device.type != "cpu" and max_norm.device == device:
+            return max_norm.reshape(()).float()
+        max_norm = float(max_norm.item())
+    if not max_norm >= 0:
+        raise ConfigError(f"max_norm is {max_norm!r}, but must be a number that is not negative.")
+    return float(max_norm)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from torch import Tensor
+
 from shardscale.records import Call
 
 __all__ = ["account", "explain"]
@@ -23,8 +25,9 @@ def account(call: Call, fault: Exception | None = None) -> dict[str, object]:
     return {
         "error": f"{type(fault).__name__}: {fault}" if fault else None,
         "method": call.method,
-        "max_norm": call.max_norm,
+        "max_norm": _number(call.max_norm),
         "number of updates": call.num_updates,
+        "updates by replays of a graph": _number(call.num_replayed),
         "call since the last update": call.ordinal,
         "scaler (in order of making)": call.scaler,
         "scale": call.state.scale.item(),
@@ -54,6 +57,10 @@ def explain(accounts: Sequence[object], rank: int) -> str:
     head = f"rank {rank} of {len(accounts)}: the ranks disagree, so no rank moved its parameters"
     cure = f"Mend the error of {_ranks([*faults])}, and {_GO_ON}." if faults else _CURE
     return f"{head}. {'; '.join(parts)}. {cure}"
+
+
+def _number(value: float | Tensor | None) -> float | None:
+    return value.item() if isinstance(value, Tensor) else value
 
 
 def _differences(told: dict[int, dict[str, object]]) -> list[str]:

@@ -29,7 +29,7 @@ class Question(NamedTuple):
     method: str
     optimizers: Sequence[Any]
     mistake: StageError | None = None  # a call-order error that this rank has already found
-    max_norm: float | None = None  # asks for the norm, too
+    max_norm: float | Tensor | None = None  # asks for the norm, too; a tensor is () float32
     leaves_scaled: Callable[[Any], bool] = lambda optimizer: False  # judged, but not multiplied
 
 
@@ -85,6 +85,8 @@ class Examiner:
         """
         found_inf = torch.zeros_like(state.scale)
         squares = None if question.max_norm is None else _zero_squares(state)
+        if isinstance(question.max_norm, Tensor):  # nobody has looked at it yet
+            found_inf = torch.where(question.max_norm >= 0, found_inf, 1.0)
         grads: list[list[Tensor]] = []
         for optimizer in question.optimizers:
             entry = self._stages.of(optimizer)

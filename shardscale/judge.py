@@ -17,9 +17,10 @@ from shardscale.errors import MissingRankError, StageError
 from shardscale.examine import Examiner, Question, nothing_found
 from shardscale.fused import is_fused
 from shardscale.layouts import Layouts
-from shardscale.ledger import Ledger, Unread
+from shardscale.ledger import Ledger, Unread, summary
 from shardscale.policy import ScalePolicy
-from shardscale.records import Agreement, Call, ScaleState, ShardStats
+from shardscale.records import Agreement, Call, ScaleState, ShardStats, StepReport
+from shardscale.replay import Replays, is_capturing, refuse_capture
 from shardscale.shards import local_shards, params_of
 from shardscale.stages import Stages
 from shardscale.stamps import Stamps
@@ -39,6 +40,7 @@ class Judge:
         self.bond = bond
         self.sync = sync
         self.layouts = Layouts()
+        self.replays: Replays | None = None  # on an accelerator, once an iteration is over
         self._policy: ScalePolicy | None = None
         self._policy_text = ""
         self.forget()
@@ -51,6 +53,9 @@ class Judge:
         self.ledger = Ledger()
         self._previous: Agreement | None = None
         self._dispute = Dispute()
+        self._is_captured: bool | None = None  # this iteration; None: nothing was asked yet
+        if self.replays is not None:
+            self.replays.forget_()
 
     @torch.no_grad()  # gradients of a graph that is kept require gradients themselves
     def judge(self, question: Question, state: ScaleState, policy: ScalePolicy) -> Agreement:
@@ -68,6 +73,7 @@ class Judge:
         Collective: every rank of the group must call; sends 2 float64, once. Before that, the ranks
             of a mesh that has Partial gradients sum these.
         """
+        captured = self.is_captured(state)
         comm = self.bond.communicator()
         fault: Exception | None = question.mistake
         fault = fault or mistake_inside_backward(question.method)
@@ -81,21 +87,25 @@ class Judge:
                 stats, grads = examiner.measure(question, state)
         except Exception as error:  # noqa: BLE001 - raised again, once this rank has joined
             fault = fault or error
+        if fault is not None and (comm is None or captured):
+            raise fault
         call = self._call(question, state, policy)
         if comm is None:
-            if fault is not None:
-                raise fault
             agreement = verdict.alone(stats)  # not kept: a group made later has not seen its bits
         else:
             agreement = self._agree(stats, call, comm, fault)
             self._previous = agreement
+            if self.replays is not None and self.replays.has_captured:
+                self._previous = self.replays.remember_(agreement)
         self.stages.num_calls += 1
-        self.ledger.note(Unread(agreement, call, fault))
+        if not captured:
+            self.ledger.note(Unread(agreement, call, fault))
         if fault is not None:
             self._tell_fault(question, Unread(agreement, call, fault))
             raise fault
         self._remember(question, agreement, call, list(map(bool, grads)))
-        self._look_for_two_scales(question.optimizers, state)
+        if not captured:
+            self._look_for_two_scales(question.optimizers, state)
         if self.sync:
             self.read(agreement, call)
         if question.max_norm is not None:
@@ -175,11 +185,60 @@ class Judge:
 
         Sync: none.
         """
+        captured = self.is_captured(state)
         self.stamps.close(state.scale, self.stages.left_unscaled())
         agreements = self.stages.agreements()
-        self.ledger.turn(self.num_updates, state.scale, next_scale, agreements, floor)
+        if self.replays is not None and self.replays.has_captured and agreements:
+            flags, norm = summary(agreements)
+            self.replays.close_(captured, flags[0], state.scale, next_scale, norm)
+        if not captured:
+            self.ledger.turn(self.num_updates, state.scale, next_scale, agreements, floor)
+            self.num_updates += 1
+            if self.replays is None and state.scale.device.type != "cpu":
+                self.replays = Replays(state.scale.device)
         self.stages.clear()
-        self.num_updates += 1
+        self._is_captured = None
+
+    def is_captured(self, state: ScaleState) -> bool:
+        """Whether this call becomes part of a graph; an iteration is in one as a whole, or not.
+
+        Raises:
+            StageError: it cannot be captured, or only a part of its iteration was.
+        """
+        captured = is_capturing(state.scale.device)
+        if captured:
+            is_alone = self.bond.communicator() is None
+            is_warm = self.replays is not None and (is_alone or self._previous is not None)
+            refuse_capture(self.sync, is_warm, has_begun_outside=self._is_captured is False)
+            assert self.replays is not None
+            self.replays.begin(self._previous)
+        elif self._is_captured:
+            raise StageError(
+                "a verdict of this iteration was captured into a graph, and the calls that belong "
+                "to it come outside. Capture unscale_, clip_grad_norm_, step and update together; "
+                "after a capture that failed, load a state_dict to begin anew."
+            )
+        self._is_captured = captured
+        return captured
+
+    def counts(self) -> tuple[int, int]:
+        """How many updates were made, and how many of them skipped, replays included.
+
+        Sync: reads the counters of replays, and what was sent to the host an iteration ago.
+        """
+        if self.replays is None:
+            return self.num_updates, self.ledger.num_skipped
+        updates, skipped = self.replays.counts()
+        return self.num_updates + updates, self.ledger.num_skipped + skipped
+
+    def last_report(self) -> StepReport | None:
+        """The newest iteration that the host knows all about.
+
+        Sync: one read where a graph was captured.
+        """
+        if self.replays is None or not self.replays.has_captured:
+            return self.ledger.last_report
+        return self.replays.report(self.num_updates) or self.ledger.last_report
 
     def _agree(
         self, stats: ShardStats, call: Call, comm: Communicator, fault: Exception | None
@@ -210,6 +269,7 @@ class Judge:
             self._text_of(policy),
             state,
             self.stamps.of(question.optimizers, state.scale),
+            self.replays.num_updates if self.replays and self.replays.has_captured else None,
         )
 
     def _text_of(self, policy: ScalePolicy) -> str:

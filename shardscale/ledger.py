@@ -11,7 +11,7 @@ from torch import Tensor
 
 from shardscale.records import Agreement, Call, ScaleState, StepReport
 
-__all__ = ["Flags", "Ledger", "Unread"]
+__all__ = ["Flags", "Ledger", "Unread", "summary"]
 
 
 class Flags(NamedTuple):
@@ -144,12 +144,7 @@ class Ledger:
             return
         # The state is about to change in place, but what is told of a call is how it was made.
         unread = [u._replace(call=_snapshot(u.call)) for u in self._unread.values()]
-        newest, _ = agreements[-1]
-        flags = newest.flags
-        if len(agreements) > 1:
-            flags = torch.stack([agreement.flags for agreement, _ in agreements]).amax(0)
-        normed = [a.grad_norm for a, call in agreements if call.max_norm is not None]
-        norm = normed[-1] if normed else newest.grad_norm
+        flags, norm = summary(agreements)
         on = flags.device
         rest = torch.stack([t.to(on) for t in (scale, next_scale, norm)])
         scales = [torch.stack([t.to(on) for t in s[1:]]) for s in self._suspicions]
@@ -218,6 +213,20 @@ class Ledger:
         )
 
 
+def summary(agreements: Sequence[tuple[Agreement, Call]]) -> tuple[Tensor, Tensor]:
+    """The joint flags, (3,) float32, of an iteration's verdicts, and its norm, () float32."""
+    newest, _ = agreements[-1]
+    flags = newest.flags
+    if len(agreements) > 1:
+        flags = torch.stack([agreement.flags for agreement, _ in agreements]).amax(0)
+    normed = [a.grad_norm for a, call in agreements if call.max_norm is not None]
+    return flags, normed[-1] if normed else newest.grad_norm
+
+
 def _snapshot(call: Call) -> Call:
     state = ScaleState(*(t.clone() for t in call.state))
-    return call._replace(state=state, stamp=call.stamp.clone())
+    max_norm = call.max_norm.clone() if isinstance(call.max_norm, Tensor) else call.max_norm
+    replayed = None if call.num_replayed is None else call.num_replayed.clone()
+    return call._replace(
+        state=state, stamp=call.stamp.clone(), max_norm=max_norm, num_replayed=replayed
+    )

@@ -48,6 +48,12 @@ class Obedience:
     def step(self, optimizers: Sequence[Any]) -> list[Any] | None:
         """What each ``optimizer.step`` returned, or None where they were skipped."""
         stages = self._judge.stages
+        reads = not optimizers or not all(map(is_fused, optimizers))
+        if self._judge.is_captured(self._state) and reads:
+            raise StageError(
+                "this step cannot be captured into a graph: the host has to read its verdict. Make "
+                "the optimizers with fused=True, or pass them through shardscale.skip_on_device."
+            )
         mistake = stages.mistake_in_stepping(optimizers)
         if mistake is None and len(optimizers) == 1 and takes_grad_scaler(optimizers[0]):
             returned = [self._let_it_ask(optimizers[0])]
@@ -57,7 +63,7 @@ class Obedience:
             self._ask(Question("step", optimizers, mistake, leaves_scaled=leaves_scaled))
         found = stages.verdicts(optimizers)
         skips = False
-        if not optimizers or not all(map(is_fused, optimizers)):
+        if reads:
             self._judge.read_all()
             skips = True in [self._judge.read(agreement, call) for agreement, call in found]
         self._require_gradients(optimizers)

@@ -66,10 +66,11 @@ class Call(NamedTuple):
     method: str  # "unscale_", "clip_grad_norm_" or "step"
     ordinal: int  # how many verdicts since that update
     scaler: int  # which of this process's scalers, in the order they were made
-    max_norm: float | None
+    max_norm: float | Tensor | None  # a tensor is () float32
     policy: str  # the policy's class and numbers
     state: ScaleState
     stamp: Tensor  # () float32: the scale these gradients were made with
+    num_replayed: Tensor | None = None  # () int64: updates besides, by a graph; None without one
 
 
 class Verdict(NamedTuple):

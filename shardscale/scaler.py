@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from shardscale.arguments import as_number, is_usable, require_device_type
+from shardscale.arguments import as_max_norm, as_number, is_usable, require_device_type
 from shardscale.backward import refuse_optimizers_in_backward
 from shardscale.checkpoint import from_state_dict, to_state_dict
 from shardscale.comm import Bond, Communicator
@@ -27,6 +27,7 @@ from shardscale.obey import Obedience, refuse_closure
 from shardscale.outputs import map_tensors, scale_gradient, times_scale
 from shardscale.policy import ConstantScale, DynamicScale, ScalePolicy
 from shardscale.records import Agreement, ScaleState, StepReport, Verdict
+from shardscale.replay import is_capturing, refuse_capture
 from shardscale.stages import as_list
 from shardscale.torch_names import TorchNames
 from shardscale.verdict import joint_found_inf
@@ -223,14 +224,16 @@ class ShardedGradScaler(TorchNames, torch.amp.GradScaler):  # type: ignore[overr
         mistake = self._judge.stages.mistake_in_unscaling(listed)
         self._ask(Question("unscale_", listed, mistake))
 
-    def clip_grad_norm_(self, optimizers: Any, max_norm: float) -> Tensor:
+    def clip_grad_norm_(self, optimizers: Any, max_norm: float | Tensor) -> Tensor:
         """Unscale, unless that is done, and clip the norm of all gradients on all ranks.
 
         Nothing is clipped where the verdict is a skip. A disabled scaler clips, too.
 
         Args:
             optimizers: One optimizer or a sequence of them, clipped jointly; possibly empty.
-            max_norm: The largest L2 norm; ``math.inf`` only measures.
+            max_norm: The largest L2 norm; ``math.inf`` only measures. A tensor of one element on
+                the scale's device is not read, so it may change between replays of a graph; one
+                that is negative or NaN counts as found.
 
         Returns:
             The norm before clipping, () float32, the same bits on every rank. Finite gradients give
@@ -249,12 +252,9 @@ class ShardedGradScaler(TorchNames, torch.amp.GradScaler):  # type: ignore[overr
         Sync: none on an accelerator.
         """
         listed, _ = as_list(optimizers)
-        if not max_norm >= 0:
-            raise ConfigError(
-                f"max_norm is {max_norm!r}, but must be a number that is not negative."
-            )
+        largest = as_max_norm(max_norm, self._place().scale.device)
         mistake = self._judge.stages.mistake_in_clipping(listed)
-        question = Question("clip_grad_norm_", listed, mistake, max_norm=float(max_norm))
+        question = Question("clip_grad_norm_", listed, mistake, max_norm=largest)
         agreement = self._ask(question)
         if not self._enabled:
             self._judge.settle()
@@ -318,8 +318,11 @@ class ShardedGradScaler(TorchNames, torch.amp.GradScaler):  # type: ignore[overr
         if not self._enabled:
             return
         floor = getattr(self._policy, "min_scale", None)
-        self._judge.read_late(floor)
         state = self._place()
+        if not self._judge.is_captured(state):
+            self._judge.read_late(floor)
+        elif new_scale is not None:
+            raise StageError("update(new_scale) cannot be captured. Call it between two replays.")
         if new_scale is None:
             self._require_records()
             agreements = self._judge.stages.agreements()
@@ -366,8 +369,9 @@ class ShardedGradScaler(TorchNames, torch.amp.GradScaler):  # type: ignore[overr
         With fused optimizers, or a scale on an accelerator, that is one iteration behind.
 
         Collective: none; may be called on one rank.
+        Sync: none, but one read where iterations were captured into a graph: then it is the newest.
         """
-        return self._judge.ledger.last_report
+        return self._judge.last_report()
 
     def state_dict(self) -> dict[str, Any]:
         """Torch's five keys and, under "shardscale", ours; plain numbers. Empty if disabled.
@@ -377,8 +381,7 @@ class ShardedGradScaler(TorchNames, torch.amp.GradScaler):  # type: ignore[overr
         """
         if not self._enabled:
             return {}
-        judge = self._judge
-        return to_state_dict(self._policy, self._state, judge.num_updates, judge.ledger.num_skipped)
+        return to_state_dict(self._policy, self._state, *self._judge.counts())
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take over a state of this class or of one of torch's; ignored if disabled.
@@ -488,7 +491,9 @@ class ShardedGradScaler(TorchNames, torch.amp.GradScaler):  # type: ignore[overr
     def _place(self, device: torch.device | None = None) -> ScaleState:
         """The state on its device: the current one of that type at first use, then for good."""
         if not self._is_placed:
-            target = device or self._device
+            target = torch.device(device or self._device)
+            if is_capturing(target):
+                refuse_capture(self._judge.sync, is_warm=False, has_begun_outside=False)
             self._state = ScaleState(*(t.to(target) for t in self._state))
             self._is_placed = True
         return self._state

@@ -42,6 +42,7 @@ _DRAWS = 170
 _LARGEST = torch.finfo(torch.float32).max
 _PRIME = 2**32 + 15  # the smallest prime above every 32-bit word
 _NUM_MULTIPLIERS = 7
+_STRIDE = 0x9E3779B1  # odd, so that its multiples go through all numbers of 29 bits
 
 
 def agree(
@@ -170,7 +171,7 @@ def joint_found_inf(agreements: Sequence[Agreement]) -> Tensor:
     return torch.stack([agreement.found_inf for agreement in agreements]).amax()
 
 
-def clip_coefficient(agreement: Agreement, max_norm: float) -> Tensor:
+def clip_coefficient(agreement: Agreement, max_norm: float | Tensor) -> Tensor:
     """The factor that brings the norm down to ``max_norm``: () float32 in (0, 1], 1 on a skip.
 
     Source: ``torch.nn.utils.clip_grads_with_norm_``: min(1, max_norm / (norm + 1e-6)); the norm is
@@ -191,7 +192,8 @@ def fingerprint(call: Call, previous: Agreement | None) -> int | Tensor:
     Source: multiply-mod-prime universal hashing, Carter and Wegman 1979; the multipliers are drawn
     from the step number alone, so two calls that collide once are told apart at another step.
     """
-    known = (call.num_updates, call.method, call.ordinal, call.scaler, call.max_norm, call.policy)
+    max_norm = None if isinstance(call.max_norm, Tensor) else call.max_norm
+    known = (call.num_updates, call.method, call.ordinal, call.scaler, max_norm, call.policy)
     words: list[int | Tensor] = [zlib.crc32(repr(known).encode())]
     for number in (call.stamp, call.state.scale):
         words += _words_of(number, "f", torch.int32)
@@ -199,9 +201,14 @@ def fingerprint(call: Call, previous: Agreement | None) -> int | Tensor:
         words += _words_of(number, "i", torch.int32)
     if previous is not None:
         words += _words_of(previous.words, "dd", torch.int64)
+    if isinstance(call.max_norm, Tensor):
+        words += _words_of(call.max_norm, "f", torch.int32)
     total: int | Tensor = 0
     for multiplier, word in zip(_multipliers(call.num_updates), words, strict=False):
         total = total + (word % _PRIME) * multiplier % _PRIME
+    if call.num_replayed is not None:
+        # A graph repeats its multipliers; times a number that it counts on, each replay has others.
+        total = total % _PRIME * (call.num_replayed * _STRIDE % 2**29 * 2 + 1) % _PRIME
     return total % _NUM_FINGERPRINTS + 1
 
 
@@ -228,11 +235,11 @@ def _draw(step: int, rank: int, size: int) -> int:
 
 @functools.lru_cache(maxsize=8)
 def _multipliers(step: int) -> tuple[int, ...]:
-    """Seven odd 30-bit multipliers for the words, then one number that the weights start from."""
+    """Eight odd 30-bit multipliers for the words, then one number that the weights start from."""
     digest = hashlib.blake2b(str(step).encode(), digest_size=8 * (_NUM_MULTIPLIERS + 1)).digest()
     drawn = [int.from_bytes(digest[i : i + 8], "little") for i in range(0, len(digest), 8)]
     # Below 2^30 the product with a word below 2^33 still fits a signed 64-bit integer.
-    return (*((n >> 34) | 1 for n in drawn[:-1]), drawn[-1])
+    return (*((n >> 34) | 1 for n in drawn), drawn[-1])
 
 
 def _words_of(number: Tensor, kind: str, integer: torch.dtype) -> list[int | Tensor]:

@@ -3,38 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from shardscale import ShardedGradScaler, distinct
-from shardscale.comm import ProcessGroupComm
 from tests.gpu.test_scaler import give_grads, host_reads_are, make_params
 
 pytestmark = pytest.mark.gpu
-
-
-class CountingComm(ProcessGroupComm):
-    """Counts its collectives, and notes where each message lived."""
-
-    def __init__(self, group):
-        super().__init__(group)
-        self.devices = []
-
-    def all_reduce_sum_(self, buffer):
-        self.devices.append(buffer.device.type)
-        super().all_reduce_sum_(buffer)
-
-
-@pytest.fixture
-def comm(tmp_path) -> Iterator[CountingComm]:
-    store = dist.FileStore(str(tmp_path / "store"), 1)
-    device = torch.device("cuda", 0)
-    dist.init_process_group("nccl", store=store, rank=0, world_size=1, device_id=device)
-    yield CountingComm(dist.group.WORLD)
-    dist.destroy_process_group()
 
 
 def test_the_sum_over_one_rank_is_the_message_itself(comm):

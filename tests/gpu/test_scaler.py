@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from shardscale import ShardedGradScaler
+from shardscale import ShardedGradScaler, skip_on_device
 
 pytestmark = pytest.mark.gpu
 
@@ -132,6 +132,36 @@ def test_a_fused_optimizer_makes_the_host_wait_for_nothing(how, dtypes, bad):
             scaler.scale(loss)
             calls_of(scaler, optimizer, how)
             scaler.update()
+
+
+GATED = {
+    "RMSprop": lambda params: torch.optim.RMSprop(params, capturable=True),
+    "NAdam": lambda params: torch.optim.NAdam(params, capturable=True),
+    "AdamW loop": lambda params: torch.optim.AdamW(params, foreach=False, capturable=True),
+    "SGD": lambda params: torch.optim.SGD(params, momentum=0.9),
+}
+
+
+@pytest.mark.parametrize("how", ["step", "unscale_", "clip_grad_norm_"])
+@pytest.mark.parametrize("name", GATED)
+def test_a_gated_optimizer_makes_it_wait_for_the_first_step_alone(name, how):
+    """And it ends where one ends that the host skips."""
+    ends = []
+    for gate in (skip_on_device, lambda optimizer: optimizer):
+        params = make_params()
+        optimizer = gate(GATED[name](params))
+        scaler = ShardedGradScaler("cuda", init_scale=1024.0)
+        for step in range(NUM_STEPS):
+            give_grads(params, 1024.0, step)
+            waits = gate is not skip_on_device or step == 0
+            with host_reads_are("default" if waits else "error"):
+                scaler.scale(torch.ones((), device="cuda"))
+                calls_of(scaler, optimizer, how)
+                scaler.update()
+        ends.append([p.detach() for p in params])
+
+    for mine, other in zip(*ends, strict=True):
+        assert torch.equal(mine.view(torch.int32), other.view(torch.int32))
 
 
 @pytest.mark.parametrize("how", ["step", "unscale_", "clip_grad_norm_"])

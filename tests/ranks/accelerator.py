@@ -2,22 +2,24 @@
 
 It keeps the rules that bind a real one. Operators refuse tensors of another device; a copy to the
 host that does not block has not arrived before somebody waits for it; and whatever makes the host
-wait is counted. There is a transport for it, too, which refuses a message on any other device.
+wait is counted. There is a transport for it, too, which refuses a message on any other device. What
+is launched can be captured into a graph and replayed, as ``tests.ranks.graph`` does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import _create_work_from_future
 from torch.utils._pytree import tree_iter, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
-__all__ = ["NAME", "TRANSPORT", "counted_waits", "install", "messages_seen"]
+__all__ = ["NAME", "TRANSPORT", "counted_waits", "install", "messages_seen", "recorded"]
 
 NAME = "toy"
 """The device's type, once ``install`` was called."""
@@ -34,11 +36,33 @@ class _Device:
         self.num_waits = 0
         self.messages: list[str] = []
         self.libraries: list[torch.library.Library] = []  # unregistered when they are collected
+        self.recording: list[Callable[[], None]] | None = None  # while a graph is captured
 
     def wait(self) -> None:
         """What the host does to see the results of all that it has asked for."""
+        self.refuse_capture("the host waits")
         self.num_waits += 1
         self.finish()
+
+    def refuse_capture(self, what: str) -> None:
+        """Only what stays on the device can be captured."""
+        if self.recording is not None:
+            raise RuntimeError(f"operation not permitted when stream is capturing: {what}")
+
+    def record(self, redo: Callable[[], Any], result: Any) -> None:
+        """Have a replay put what ``redo`` gives where ``result`` lies."""
+        if self.recording is None:
+            return
+
+        def replay() -> None:
+            for old, new in zip(tree_iter(result), tree_iter(redo()), strict=True):
+                if _is_here(old):
+                    values = _values(old)
+                    # An empty tensor that a later operator has resized holds nothing yet.
+                    if values is not new and values.shape == new.shape:
+                        values.copy_(new)
+
+        self.recording.append(replay)
 
     def finish(self) -> None:
         """All copies have arrived."""
@@ -61,6 +85,9 @@ def install() -> None:
     operators.impl("_local_scalar_dense", _local_scalar_dense, "PrivateUse1")
     _device.libraries += [fallback, operators]
     torch.Event = _Event  # torch's own knows no device written in Python
+    torch.get_device_module(NAME).is_current_stream_capturing = lambda: (
+        _device.recording is not None
+    )
     dist.Backend.register_backend(TRANSPORT, _Transport, devices=[NAME])
 
 
@@ -71,6 +98,26 @@ def counted_waits() -> Iterator[list[int]]:
     waits: list[int] = []
     yield waits
     waits.append(_device.num_waits - before)
+
+
+@contextmanager
+def recorded() -> Iterator[list[Callable[[], None]]]:
+    """What is launched within the block, to be called one after the other by a replay.
+
+    Nothing of it has happened afterwards: what was there before is as it was, and what was made
+    inside holds rubbish until the first replay.
+    """
+    before = {key: (values, values.clone()) for key, values in _device.memory.items()}
+    _device.recording = recording = []
+    try:
+        yield recording
+    finally:
+        _device.recording = None
+        for key, values in _device.memory.items():
+            if key not in before:
+                values.fill_(float("nan") if values.is_floating_point() else 77)
+        for values, saved in before.values():
+            values.copy_(saved)
 
 
 def messages_seen() -> list[str]:
@@ -100,7 +147,13 @@ class _Transport(dist.ProcessGroup):
         _device.messages += [t.device.type for t in tensors]
         if any(t.device.type != NAME for t in tensors):
             raise TypeError(f"{TRANSPORT} was given a message on {tensors[0].device}.")
-        return self._gloo.allreduce([_values(t) for t in tensors], options)
+        values = [_values(t) for t in tensors]
+        if _device.recording is None:
+            return self._gloo.allreduce(values, options)
+        _device.recording.append(lambda: self._gloo.allreduce(values, options).wait())
+        done: torch.futures.Future[Any] = torch.futures.Future()
+        done.set_result(tensors)
+        return _create_work_from_future(done)
 
 
 def _is_here(x: Any) -> bool:
@@ -150,14 +203,22 @@ def _run(op: Any, *args: Any, **kwargs: Any) -> Any:
     pairs = zip(op._schema.arguments, args, strict=False)
     if any(str(wanted.type) == "Tensor" and isinstance(x, int | float) for wanted, x in pairs):
         op = op.overloadpacket  # a number that stood for a tensor arrives as a number
-    return tree_map(from_host, op(*tree_map(to_host, args), **tree_map(to_host, kwargs)))
+    def run() -> Any:
+        return op(*tree_map(to_host, args), **tree_map(to_host, kwargs))
+
+    result = tree_map(from_host, run())
+    _device.record(run, result)
+    return result
 
 
 def _copy_from(source: Tensor, target: Tensor, non_blocking: bool = False) -> Tensor:
     if not _is_here(target):
         _device.wait()  # into memory that is not pinned, every copy blocks
+    elif not _is_here(source):
+        _device.refuse_capture("a copy from memory that is not pinned")
     source, values = (_values(t) if _is_here(t) else t for t in (source, target))
     values.copy_(source)
+    _device.record(lambda: values.copy_(source), target)
     return target
 
 
@@ -174,7 +235,12 @@ def _to_copy(
     values = _values(source) if _is_here(source) else source
     values = values.to(dtype or source.dtype, copy=True)
     if device is None or device.type == NAME:
-        return _placed(values)
+        if not _is_here(source):
+            _device.refuse_capture("a copy from memory that is not pinned")
+        placed = _placed(values)
+        _device.record(lambda: _values(source).to(placed.dtype), placed)
+        return placed
+    _device.refuse_capture("a copy to the host")
     if not non_blocking:
         _device.wait()
         return values

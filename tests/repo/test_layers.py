@@ -32,6 +32,7 @@ FLOORS = {
     "shards": 2,
     "layouts": 2,
     "placements": 2,
+    "replay": 2,
     "stages": 2,
     "stamps": 2,
     "verdict": 2,
