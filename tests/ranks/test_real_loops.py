@@ -1,0 +1,315 @@
+"""Loops in the shapes of real trainers, with torch's class, with ours, and without any scaling.
+
+Where torch is right, all three go the same way, bit for bit: scales are powers of two, so scaling
+rounds nothing away. Where torch is wrong, it goes exactly the wrong way that is claimed of it, and
+ours goes the right one. Each number of ranks is one spawn that runs all loops.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler as TorchShardedGradScaler
+from torch.nn.parallel import DistributedDataParallel
+
+from shardscale import ShardedGradScaler
+from tests.ranks.loops import (
+    accelerate,
+    gan,
+    lightning,
+    nanochat,
+    pipeline,
+    ray_train,
+    torchtitan,
+)
+from tests.ranks.loops.data import Batches
+from tests.ranks.loops.told import told
+from tests.ranks.loops.trace import Trace
+from tests.ranks.models import lay_out, make_net
+from tests.ranks.models.data_parallel import shard_each_layer
+from tests.ranks.rank import outcome
+
+SIZES = (1, 2, 3, 4)
+SEVERAL = (2, 3, 4)
+FSDP1 = "FSDP1 FULL_SHARD original"
+sgd = functools.partial(torch.optim.SGD, lr=2.0**-6, momentum=0.5)
+fused_adamw = functools.partial(torch.optim.AdamW, lr=2.0**-6, fused=True)
+
+
+class Case(NamedTuple):
+    """A loop, and where it must lead."""
+
+    run: Callable[..., Trace]
+    """``run(scaler_class, rank, size)`` trains anew."""
+    told: list[float | None]
+    """What each call of ``step`` comes to; see ``loops.told``."""
+    scales: list[float]
+    """After each step."""
+    torch_class: type = torch.amp.GradScaler
+    torch_told: Callable[[bool], list[float | None]] | None = None
+    """Where torch is wrong: what its steps come to, given whether this rank is the bad one."""
+    torch_scales: Callable[[bool], list[float]] | None = None
+    torch_error: str | None = None
+    """Where it raises: the beginning of the message."""
+    sizes: tuple[int, ...] = SIZES
+
+
+def bad_rank(size):
+    """The one on which a gradient overflows."""
+    return size - 1
+
+
+def batches_of(rank, size, overflows_at=None):
+    return Batches(rank, overflows_at, bad_rank(size))
+
+
+# ---------------------------------------------------------------------------------- loops to be run
+
+
+def run_nanochat(scaler_class, rank, size, overflows_at=None, **options):
+    model, batches = make_net(), batches_of(rank, size, overflows_at)
+    batches.spoil(model, [p for p in model.parameters() if p.ndim == 2])
+    return nanochat.train(scaler_class, model, batches, 6, **options)
+
+
+def run_torchtitan(scaler_class, rank, size, overflows_at=None, make_optimizer=sgd):
+    net, batches = make_net(), batches_of(rank, size, overflows_at)
+    parts = [net[:3], net[3:]]
+    for part in parts:
+        shard_each_layer(part, init_device_mesh("cpu", (size,)))
+    batches.spoil(parts[0])  # the other one has no row for a fourth rank
+    return torchtitan.train(scaler_class, parts, batches, 6, make_optimizer)
+
+
+def run_torchtitan_with_tp(scaler_class, rank, size, overflows_at):
+    model, batches = lay_out("FSDP2 and TP", size).model, batches_of(rank, size, overflows_at)
+    batches.spoil(model, list(model.parameters())[2:])
+    return torchtitan.train(scaler_class, [model], batches, 3, sgd, clips=False)
+
+
+def run_torchtitan_with_plain(scaler_class, rank, size):
+    """The last layer is left out of FSDP2; its gradients are averaged by hand."""
+    net = make_net()
+    plain = set(net[4].parameters())
+    fully_shard(net, mesh=init_device_mesh("cpu", (size,)), ignored_params=plain)
+
+    def average(p):
+        dist.all_reduce(p.grad)
+        p.grad.div_(size)
+
+    for p in plain:
+        p.register_post_accumulate_grad_hook(average)
+    batches = batches_of(rank, size)
+    return torchtitan.train(scaler_class, [net], batches, 4, sgd, clips=False)
+
+
+def run_accelerate(
+    scaler_class, rank, size, layout, overflows_at=None, make_optimizer=sgd, clips=True
+):
+    model, batches = lay_out(layout, size).model, batches_of(rank, size, overflows_at)
+    batches.spoil(model)
+    optimizers = [make_optimizer(model.parameters())]
+    return accelerate.train(scaler_class, model, batches, 5, optimizers, clips)
+
+
+def run_accelerate_with_two(scaler_class, rank, size, layout):
+    """An optimizer for matrices and one for the rest."""
+    model, batches = lay_out(layout, size).model, batches_of(rank, size)
+    optimizers = [
+        sgd([p for p in model.parameters() if (p.ndim == 2) is are_matrices])
+        for are_matrices in (True, False)
+    ]
+    return accelerate.train(scaler_class, model, batches, 3, optimizers, clips=True)
+
+
+def run_ray(scaler_class, rank, size, overflows_at=None, hits_critic=False, growth_interval=4):
+    nets = [DistributedDataParallel(make_net()) for _ in range(2)]
+    batches = batches_of(rank, size, overflows_at)
+    batches.spoil(nets[hits_critic])
+    return ray_train.train(scaler_class, *nets, batches, 4, growth_interval)
+
+
+def run_lightning(scaler_class, rank, size, layout, overflows_at=None, make_optimizer=sgd):
+    model, batches = lay_out(layout, size).model, batches_of(rank, size, overflows_at)
+    batches.spoil(model)
+    optimizer = make_optimizer(model.parameters())
+    return lightning.train(scaler_class, model, batches, 6, optimizer)
+
+
+def run_gan(scaler_class, rank, size, is_sharded, overflows_at=None):
+    discriminator = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 1))
+    with torch.no_grad():
+        for p in discriminator.parameters():
+            p.copy_(torch.arange(p.numel()).view_as(p) % 3 - 0.5)
+    nets = [discriminator, make_net()]
+    if is_sharded:
+        for net in nets:
+            shard_each_layer(net, init_device_mesh("cpu", (size,)))
+    else:
+        nets = [DistributedDataParallel(net) for net in nets]
+    batches = batches_of(rank, size, overflows_at)
+    batches.spoil(nets[0])
+    return gan.train(scaler_class, *nets, batches, 3)
+
+
+def run_pipeline(scaler_class, rank, size, num_steps=4, overflows_at=None, scales_nothing=False):
+    stage = nn.Sequential(nn.Linear(5, 5), nn.ReLU())
+    with torch.no_grad():
+        stage[0].weight.copy_(torch.eye(5) - 0.25)
+        stage[0].bias.fill_(0.5)
+    batches = batches_of(rank, size, overflows_at)
+    batches.spoil(stage)
+    return pipeline.train(scaler_class, stage, batches, num_steps, scales_nothing)
+
+
+part = functools.partial
+
+
+# ------------------------------------------------------------------------------ where torch is right
+
+RIGHT = {
+    "nanochat": Case(run_nanochat, [1.0] * 12, [8, 16, 16, 32, 32, 64]),
+    "nanochat, overflow": Case(
+        # The matrices' optimizer skips alone; there are two batches to a step.
+        part(run_nanochat, overflows_at=5),
+        [1.0] * 4 + [None] + [1.0] * 7,
+        [8, 16, 8, 8, 16, 16],
+    ),
+    "torchtitan FSDP2": Case(run_torchtitan, [1.0] * 6, [8, 16, 16, 32, 32, 64]),
+    "torchtitan FSDP2, overflow": Case(
+        part(run_torchtitan, overflows_at=3, make_optimizer=fused_adamw),
+        [1.0] * 3 + [None] + [1.0] * 2,
+        [8, 16, 16, 8, 8, 16],
+    ),
+    **{
+        f"Accelerate {layout}{', overflow' if overflows else ''}": Case(
+            part(run_accelerate, layout=layout, overflows_at=5 if overflows else None),
+            [1.0, 1.0, None, 1.0, 1.0] if overflows else [1.0] * 5,
+            [8, 8, 4, 4, 4] if overflows else [8, 8, 8, 16, 16],
+            torch_class=TorchShardedGradScaler if layout == FSDP1 else torch.amp.GradScaler,
+            sizes=SEVERAL if layout == FSDP1 else SIZES,
+        )
+        for layout in ("DDP", FSDP1, "FSDP2")
+        for overflows in (False, True)
+    },
+    "Ray Train": Case(run_ray, [1.0] * 8, [8, 16, 16, 32]),
+    "Ray Train, overflow in the second": Case(
+        part(run_ray, overflows_at=2, hits_critic=True),
+        [1.0] * 5 + [None] + [1.0] * 2,
+        [8, 16, 8, 8],
+    ),
+    "Lightning DDP": Case(
+        part(run_lightning, layout="DDP"), [1.0] * 6, [8, 16, 16, 32, 32, 64]
+    ),
+    "Lightning DDP, fused, overflow": Case(
+        part(run_lightning, layout="DDP", make_optimizer=fused_adamw, overflows_at=2),
+        [1.0, 1.0, None, 1.0, 1.0, 1.0],
+        [8, 16, 8, 8, 16, 16],
+    ),
+    "GAN DDP": Case(
+        part(run_gan, is_sharded=False), [1.0] * 9, [8, 16, 16, 32, 32, 64, 64, 128, 128]
+    ),
+    "GAN FSDP2, overflow": Case(
+        # In the second step of the discriminator's pair: the generator's gradients come after it.
+        part(run_gan, is_sharded=True, overflows_at=4),
+        [1.0] * 4 + [None] + [1.0] * 4,
+        [8, 16, 16, 32, 16, 16, 32, 32, 64],
+    ),
+}
+
+# ------------------------------------------------------------------------------ where torch is wrong
+
+WRONG = {
+    "Ray Train, overflow in the first": Case(
+        # The critic's gradients, made at 16, are divided by 8.
+        part(run_ray, overflows_at=2),
+        [1.0] * 4 + [None] + [1.0] * 3,
+        [8, 16, 8, 8],
+        torch_told=lambda bad: [1.0] * 4 + [None, 2.0] + [1.0] * 2,
+    ),
+    "Ray Train, the scale grows between the two": Case(
+        part(run_ray, growth_interval=5),
+        [1.0] * 8,
+        [8, 8, 16, 16],
+        torch_told=lambda bad: [1.0] * 5 + [0.5] + [1.0] * 2,
+    ),
+    "Accelerate DDP, two optimizers clipped": Case(
+        # torch forgets at the first update that the second is unscaled, and divides it again.
+        part(run_accelerate_with_two, layout="DDP"),
+        [1.0] * 6,
+        [8, 16, 16],
+        torch_told=lambda bad: [1.0, 1 / 8, 1.0, 1 / 8, 1.0, 1 / 16],
+    ),
+}
+
+
+# ------------------------------------------------------------------------------------------ the runs
+
+
+def examine(rank, size):
+    """{case: {who: trace or message}} of this rank."""
+    is_bad = rank == bad_rank(size)
+    found = {}
+    for name, case in (RIGHT | WRONG).items():
+        if size not in case.sizes:
+            continue
+        found[name] = traces = {
+            "ours": case.run(ShardedGradScaler, rank, size),
+            "told": case.run(told(case.told), rank, size),
+        }
+        trained = outcome(lambda case=case: case.run(case.torch_class, rank, size))
+        traces["torch"] = trained.message or trained.value
+        if case.torch_told is not None:
+            traces["torch told"] = case.run(told(case.torch_told(is_bad)), rank, size)
+    return found
+
+
+@pytest.fixture(scope="module")
+def examined(ranks):
+    """``examined(size)``: what each rank found; spawned once for each number of ranks."""
+    return functools.cache(lambda size: ranks.run(examine, size, limit_s=90))
+
+
+def on_every_size(cases):
+    return pytest.mark.parametrize(
+        ("name", "size"), [(name, size) for name, case in cases.items() for size in case.sizes]
+    )
+
+
+@on_every_size(RIGHT)
+def test_with_nothing_changed_but_the_import_a_loop_goes_the_same_way(examined, name, size):
+    case = RIGHT[name]
+    for found in examined(size):
+        traces = found[name]
+        assert traces["ours"].scales == case.scales
+        assert traces["ours"] == traces["torch"]
+        assert traces["ours"].without_scales() == traces["told"].without_scales()
+
+
+@on_every_size(WRONG)
+def test_where_torch_goes_wrong_ours_goes_as_without_scaling(examined, name, size):
+    case = WRONG[name]
+    for found in examined(size):
+        traces = found[name]
+        assert traces["ours"].scales == case.scales
+        assert traces["ours"].without_scales() == traces["told"].without_scales()
+
+
+@on_every_size(WRONG)
+def test_torch_goes_wrong_as_claimed(examined, name, size):
+    """A torch that has mended it is to be told of here, and in the docs."""
+    case = WRONG[name]
+    for rank, found in enumerate(examined(size)):
+        traces, is_bad = found[name], rank == bad_rank(size)
+        assert traces["torch"].without_scales() == traces["torch told"].without_scales()
+        assert traces["torch"].scales == (case.torch_scales or (lambda bad: case.scales))(is_bad)
+        assert traces["torch told"] != traces["told"]
