@@ -31,6 +31,6 @@ class Trace:
         bits = [local(p).flatten().view(torch.int32) for p in params]
         self.weights.append(torch.cat(bits).tolist())
 
-    def without_scales(self) -> Trace:
-        """What a loop without any scaling can be compared with."""
-        return replace(self, scales=[])
+    def without_scaler(self) -> Trace:
+        """Without what a loop learns from its scaler alone: what can be compared with an oracle."""
+        return replace(self, scales=[], skipped=[])
