@@ -7,8 +7,8 @@ ours goes the right one. Each number of ranks is one spawn that runs all loops.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
+import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -55,9 +55,9 @@ class Case(NamedTuple):
     scales: list[float]
     """After each step."""
     torch_class: type = torch.amp.GradScaler
-    torch_told: Callable[[bool], list[float | None]] | None = None
-    """Where torch is wrong: what its steps come to, given whether this rank is the bad one."""
-    torch_scales: Callable[[bool], list[float]] | None = None
+    torch_told: Callable[[int, int], list[float | None]] | None = None
+    """Where torch is wrong: what its steps come to on a rank, given it and the bad one."""
+    torch_scales: Callable[[int, int], list[float]] | None = None
     torch_error: str = ""
     """Where it raises: the beginning of the message, on all ranks but one without any error."""
     torch_run: Callable[..., Trace] | None = None
@@ -147,8 +147,8 @@ def run_lightning(scaler_class, rank, size, layout, overflows_at=None, make_opti
     return lightning.train(scaler_class, model, batches, 6, optimizer)
 
 
-def run_gan(scaler_class, rank, size, is_sharded, overflows_at=None):
-    discriminator = nn.Sequential(nn.Linear(3, 7), nn.ReLU(), nn.Linear(7, 1))
+def run_gan(scaler_class, rank, size, is_sharded, overflows_at=None, train=gan.train):
+    discriminator = nn.Sequential(nn.Linear(3, 7), nn.LeakyReLU(0.25), nn.Linear(7, 1))
     with torch.no_grad():
         for p in discriminator.parameters():
             p.copy_(torch.arange(p.numel()).view_as(p) % 3 - 0.5)
@@ -160,7 +160,7 @@ def run_gan(scaler_class, rank, size, is_sharded, overflows_at=None):
         nets = [DistributedDataParallel(net) for net in nets]
     batches = batches_of(rank, size, overflows_at)
     batches.spoil(nets[0])
-    return gan.train(scaler_class, *nets, batches, 3)
+    return train(scaler_class, *nets, batches, 3)
 
 
 def run_pipeline(scaler_class, rank, size, num_steps=4, overflows_at=None, scales_nothing=False):
@@ -176,7 +176,7 @@ def run_pipeline(scaler_class, rank, size, num_steps=4, overflows_at=None, scale
 part = functools.partial
 
 
-# ------------------------------------------------------------------------------ where torch is right
+# ----------------------------------------------------------------------------- where torch is right
 
 RIGHT = {
     "nanochat": Case(run_nanochat, [1.0] * 12, [8, 16, 16, 32, 32, 64]),
@@ -209,9 +209,7 @@ RIGHT = {
         [1.0] * 5 + [None] + [1.0] * 2,
         [8, 16, 8, 8],
     ),
-    "Lightning DDP": Case(
-        part(run_lightning, layout="DDP"), [1.0] * 6, [8, 16, 16, 32, 32, 64]
-    ),
+    "Lightning DDP": Case(part(run_lightning, layout="DDP"), [1.0] * 6, [8, 16, 16, 32, 32, 64]),
     "Lightning DDP, fused, overflow": Case(
         part(run_lightning, layout="DDP", make_optimizer=fused_adamw, overflows_at=2),
         [1.0, 1.0, None, 1.0, 1.0, 1.0],
@@ -226,12 +224,18 @@ RIGHT = {
         [1.0] * 4 + [None] + [1.0] * 4,
         [8, 16, 16, 32, 16, 16, 32, 32, 64],
     ),
+    "GAN with Accelerate, overflow": Case(
+        # What the other network's turn unscaled in vain must not be taken for done.
+        part(run_gan, is_sharded=False, overflows_at=3, train=accelerate.train_in_turns),
+        [1.0] * 3 + [None] + [1.0] * 2,
+        [8, 8, 8, 4, 4, 4],
+    ),
     "pipeline, zeros scaled": Case(
         part(run_pipeline, scales_nothing=True), [1.0] * 4, [8, 16, 16, 32]
     ),
 }
 
-# ------------------------------------------------------------------------------ where torch is wrong
+# ----------------------------------------------------------------------------- where torch is wrong
 
 WRONG = {
     "Ray Train, overflow in the first": Case(
@@ -239,20 +243,20 @@ WRONG = {
         part(run_ray, overflows_at=2),
         [1.0] * 4 + [None] + [1.0] * 3,
         [8, 16, 8, 8],
-        torch_told=lambda bad: [1.0] * 4 + [None, 2.0] + [1.0] * 2,
+        torch_told=lambda rank, bad: [1.0] * 4 + [None, 2.0] + [1.0] * 2,
     ),
     "Ray Train, the scale grows between the two": Case(
         part(run_ray, growth_interval=5),
         [1.0] * 8,
         [8, 8, 16, 16],
-        torch_told=lambda bad: [1.0] * 5 + [0.5] + [1.0] * 2,
+        torch_told=lambda rank, bad: [1.0] * 5 + [0.5] + [1.0] * 2,
     ),
     "Accelerate DDP, two optimizers clipped": Case(
         # torch forgets at the first update that the second is unscaled, and divides it again.
         part(run_accelerate_with_two, layout="DDP"),
         [1.0] * 6,
         [8, 16, 16],
-        torch_told=lambda bad: [1.0, 1 / 8, 1.0, 1 / 8, 1.0, 1 / 16],
+        torch_told=lambda rank, bad: [1.0, 1 / 8, 1.0, 1 / 8, 1.0, 1 / 16],
     ),
     # From here on the overflow is one rank's, in the last step: afterwards torch's ranks would mix
     # gradients of two scales.
@@ -267,8 +271,8 @@ WRONG = {
         [1.0] * 4 + [None],
         [8, 8, 8, 16, 8],
         torch_class=TorchShardedGradScaler,
-        torch_told=lambda bad: [1.0] * 4 + [None if bad else 1.0],
-        torch_scales=lambda bad: [8, 8, 8, 16, 8 if bad else 16],
+        torch_told=lambda rank, bad: [1.0] * 4 + [None if rank == bad else 1.0],
+        torch_scales=lambda rank, bad: [8, 8, 8, 16, 8 if rank == bad else 16],
         sizes=SEVERAL,
     ),
     "Lightning FSDP1, fused, overflow": Case(
@@ -276,8 +280,8 @@ WRONG = {
         [1.0] * 5 + [None],
         [8, 16, 16, 32, 32, 16],
         torch_class=TorchShardedGradScaler,
-        torch_told=lambda bad: [1.0] * 5 + [None if bad else 1.0],
-        torch_scales=lambda bad: [8, 16, 16, 32, 32, 16 if bad else 64],
+        torch_told=lambda rank, bad: [1.0] * 5 + [None if rank == bad else 1.0],
+        torch_scales=lambda rank, bad: [8, 16, 16, 32, 32, 16 if rank == bad else 64],
         sizes=SEVERAL,
     ),
     "Accelerate FSDP1, fused, clipped": Case(
@@ -292,23 +296,23 @@ WRONG = {
         part(run_torchtitan_with_tp, overflows_at=2),
         [1.0, 1.0, None],
         [8, 16, 8],
-        torch_told=lambda bad: [1.0, 1.0, None if bad else 1.0],
-        torch_scales=lambda bad: [8, 16, 8 if bad else 16],
+        torch_told=lambda rank, bad: [1.0, 1.0, None if rank % 2 == bad % 2 else 1.0],
+        torch_scales=lambda rank, bad: [8, 16, 8 if rank % 2 == bad % 2 else 16],
         sizes=(4,),
     ),
     "torchtitan FSDP2 beside plain parameters": Case(
         run_torchtitan_with_plain,
         [1.0] * 4,
         [8, 16, 16, 32],
-        torch_error="aten._amp_foreach_non_finite_check_and_unscale_.default got mixed",
+        torch_error="aten._amp_foreach_non_finite_check_and_unscale_.default: got mixed torch.Tensor",
         sizes=SEVERAL,
     ),
     "pipeline, zeros scaled, overflow": Case(
         part(run_pipeline, overflows_at=3, scales_nothing=True),
         [1.0] * 3 + [None],
         [8, 16, 16, 8],
-        torch_told=lambda bad: [1.0] * 3 + [None if bad else 1.0],
-        torch_scales=lambda bad: [8, 16, 16, 8 if bad else 32],
+        torch_told=lambda rank, bad: [1.0] * 3 + [None if rank == bad else 1.0],
+        torch_scales=lambda rank, bad: [8, 16, 16, 8 if rank == bad else 32],
         sizes=SEVERAL,
     ),
     "pipeline, overflow": Case(
@@ -323,25 +327,39 @@ WRONG = {
 }
 
 
-# ------------------------------------------------------------------------------------------ the runs
+# ----------------------------------------------------------------------- what torch cannot be given
+
+BY_OURS_ALONE = {
+    # With torch's class these ranks would fall out of step within the optimizers' collectives.
+    "nanochat, its reduction of flags left out": Case(
+        part(run_nanochat, overflows_at=5, reduces_flags=False),
+        [1.0] * 4 + [None] + [1.0] * 7,
+        [8, 16, 8, 8, 16, 16],
+    ),
+}
+
+
+# ----------------------------------------------------------------------------------------- the runs
 
 
 def examine(rank, size):
     """{case: {who: trace or message}} of this rank."""
-    is_bad = rank == bad_rank(size)
     found = {}
-    for name, case in (RIGHT | WRONG).items():
+    for name, case in (RIGHT | WRONG | BY_OURS_ALONE).items():
         if size not in case.sizes:
             continue
         found[name] = traces = {
             "ours": case.run(ShardedGradScaler, rank, size),
             "told": case.run(told(case.told), rank, size),
         }
+        if name in BY_OURS_ALONE:
+            continue
         run = case.torch_run or case.run
         trained = outcome(lambda run=run, case=case: run(case.torch_class, rank, size))
         traces["torch"] = trained.message or trained.value
         if case.torch_told is not None:
-            traces["torch told"] = case.run(told(case.torch_told(is_bad)), rank, size)
+            claimed = told(case.torch_told(rank, bad_rank(size)))
+            traces["torch told"] = case.run(claimed, rank, size)
     return found
 
 
@@ -367,9 +385,9 @@ def test_with_nothing_changed_but_the_import_a_loop_goes_the_same_way(examined, 
         assert traces["ours"].without_scaler() == traces["told"].without_scaler()
 
 
-@on_every_size(WRONG)
+@on_every_size(WRONG | BY_OURS_ALONE)
 def test_where_torch_goes_wrong_ours_goes_as_without_scaling(examined, name, size):
-    case = WRONG[name]
+    case = (WRONG | BY_OURS_ALONE)[name]
     for found in examined(size):
         traces = found[name]
         assert traces["ours"].scales == case.scales
@@ -387,8 +405,39 @@ def test_torch_goes_wrong_as_claimed(examined, name, size):
         assert len(messages) >= size - 1
         return
     for rank, traces in enumerate(all_traces):
-        is_bad = rank == bad_rank(size)
         assert traces["torch"].without_scaler() == traces["torch told"].without_scaler()
         if case.torch_scales is not None:
-            assert traces["torch"].scales == case.torch_scales(is_bad)
+            assert traces["torch"].scales == case.torch_scales(rank, bad_rank(size))
     assert any(traces["torch told"] != traces["told"] for traces in all_traces)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_accelerate_sees_a_skip_of_a_plain_optimizer(examined, size):
+    for found in examined(size):
+        for layout in ("DDP", "FSDP2"):
+            skipped = found[f"Accelerate {layout}, overflow"]["ours"].skipped
+            assert skipped == [False, False, True, False, False]
+        in_turns = found["GAN with Accelerate, overflow"]["ours"].skipped
+        assert in_turns == [False, False, False, True, True, False]
+
+
+@pytest.mark.parametrize("size", SEVERAL)
+def test_accelerate_sees_no_skip_of_a_fused_optimizer(examined, size):
+    """With either class: the kernel itself leaves out the step, so `optimizer.step` is called."""
+    for found in examined(size):
+        for who in ("torch", "ours"):
+            assert found["Accelerate FSDP1, fused, overflow"][who].skipped == [False] * 5
+
+
+@on_every_size(RIGHT | WRONG)
+def test_the_loops_train(examined, name, size):
+    """Every step moves the weights but those to be skipped: bits that stand still prove nothing."""
+    case = (RIGHT | WRONG)[name]
+    steps_at_once = len(case.told) // len(case.scales)
+    wanted = [
+        any(case.told[i * steps_at_once : (i + 1) * steps_at_once]) for i in range(len(case.scales))
+    ]
+    for found in examined(size):
+        weights = found[name]["ours"].weights
+        moved = [a != b for a, b in itertools.pairwise(weights)]
+        assert moved == wanted[1:]

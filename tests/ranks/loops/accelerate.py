@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
+from tests.ranks.loops.gan import loss_of_discriminator, loss_of_generator
 from tests.ranks.loops.trace import Trace
 
-__all__ = ["train"]
+__all__ = ["train", "train_in_turns"]
 
 ACCUMULATION = 2
 MAX_NORM = 2.0
@@ -55,9 +56,10 @@ class AcceleratedOptimizer(torch.optim.Optimizer):
 class Accelerator:
     """What stands between a loop and the scaler."""
 
-    def __init__(self, scaler_class: type) -> None:
+    def __init__(self, scaler_class: type, accumulation: int) -> None:
         self.scaler = scaler_class("cpu", init_scale=8.0, growth_interval=4)
         self.sync_gradients = True
+        self._accumulation = accumulation
         self._num_batches = 0
         self._optimizers: list[AcceleratedOptimizer] = []
 
@@ -68,7 +70,7 @@ class Accelerator:
     @contextlib.contextmanager
     def accumulate(self, model: nn.Module) -> Iterator[None]:
         self._num_batches += 1
-        self.sync_gradients = self._num_batches % ACCUMULATION == 0
+        self.sync_gradients = self._num_batches % self._accumulation == 0
         context = contextlib.nullcontext()
         if isinstance(model, FSDPModule):
             model.set_requires_gradient_sync(self.sync_gradients)
@@ -78,7 +80,7 @@ class Accelerator:
             yield
 
     def backward(self, loss: Tensor) -> None:
-        self.scaler.scale(loss / ACCUMULATION).backward()
+        self.scaler.scale(loss / self._accumulation).backward()
 
     def unscale_gradients(self) -> None:
         for prepared in self._optimizers:
@@ -109,7 +111,7 @@ def train(
 ) -> Trace:
     """An example script's loop: all it knows of the scaler is whether a step was skipped."""
     trace = Trace()
-    accelerator = Accelerator(scaler_class)
+    accelerator = Accelerator(scaler_class, ACCUMULATION)
     optimizers = [accelerator.prepare(optimizer) for optimizer in optimizers]
     for _ in range(num_steps * ACCUMULATION):
         with accelerator.accumulate(model):
@@ -124,4 +126,35 @@ def train(
         if accelerator.sync_gradients:
             trace.skipped.append(accelerator.optimizer_step_was_skipped)
             trace.note(loss, accelerator.scaler.get_scale(), model.parameters())
+    return trace
+
+
+def train_in_turns(
+    scaler_class: type,
+    discriminator: nn.Module,
+    generator: nn.Module,
+    batches: Iterator[Tensor],
+    num_steps: int,
+) -> Trace:
+    """A GAN: to clip one network unscales both optimizers, of which only that one then steps."""
+    trace = Trace()
+    accelerator = Accelerator(scaler_class, accumulation=1)
+    turns = [
+        (net, accelerator.prepare(torch.optim.SGD(net.parameters(), lr=2.0**-8)), loss_of)
+        for net, loss_of in (
+            (generator, loss_of_generator),
+            (discriminator, loss_of_discriminator),
+        )
+    ]
+    for _ in range(num_steps):
+        for net, optimizer, loss_of in turns:
+            loss = loss_of(discriminator, generator, next(batches))
+            accelerator.backward(loss)
+            accelerator.clip_grad_norm_(net)
+            optimizer.step()
+            for _, each, _ in turns:
+                each.zero_grad()
+            trace.skipped.append(accelerator.optimizer_step_was_skipped)
+            params = [*discriminator.parameters(), *generator.parameters()]
+            trace.note(loss, accelerator.scaler.get_scale(), params)
     return trace

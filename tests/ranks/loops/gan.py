@@ -1,4 +1,4 @@
-"""A GAN's shape: one scaler for two optimizers, two steps of the discriminator for one of the other.
+"""A GAN's shape: one scaler, two steps of the discriminator for each of the generator.
 
 Each step has its own backward pass and its own update.
 """
@@ -12,9 +12,21 @@ from torch import Tensor, nn
 
 from tests.ranks.loops.trace import Trace
 
-__all__ = ["train"]
+__all__ = ["loss_of_discriminator", "loss_of_generator", "train"]
 
 STEPS_OF_DISCRIMINATOR = 2
+
+
+def loss_of_discriminator(discriminator: nn.Module, generator: nn.Module, real: Tensor) -> Tensor:
+    """Low where it tells the first features of ``real``, (4, 5), from what is generated."""
+    fake = generator(real.flip(0)).detach()
+    judged = discriminator(torch.cat([fake, real[:, : fake.shape[1]]])).mean(dim=1)
+    return judged[:4].square().mean() - judged[4:].abs().mean()
+
+
+def loss_of_generator(discriminator: nn.Module, generator: nn.Module, noise: Tensor) -> Tensor:
+    """Its backward pass leaves gradients in the discriminator, too."""
+    return -discriminator(generator(noise)).mean()
 
 
 def train(
@@ -24,7 +36,7 @@ def train(
     batches: Iterator[Tensor],
     num_steps: int,
 ) -> Trace:
-    """The generator's backward pass leaves gradients in the discriminator, zeroed before its next."""
+    """What the generator's turn leaves in the discriminator is zeroed before its next."""
     trace = Trace()
     scaler = scaler_class("cpu", init_scale=8.0, growth_interval=2)
     optimizers = {
@@ -41,13 +53,8 @@ def train(
 
     for _ in range(num_steps):
         for _ in range(STEPS_OF_DISCRIMINATOR):
-            real = next(batches)
             optimizers[discriminator].zero_grad()
-            fake = generator(real.flip(0)).detach()
-            pair = torch.cat([fake, real[:, : fake.shape[1]]])
-            judged = discriminator(pair).mean(dim=1)
-            step(discriminator, judged[:4].square().mean() - judged[4:].abs().mean())
+            step(discriminator, loss_of_discriminator(discriminator, generator, next(batches)))
         optimizers[generator].zero_grad()
-        judged = discriminator(generator(next(batches)))
-        step(generator, -judged.mean())
+        step(generator, loss_of_generator(discriminator, generator, next(batches)))
     return trace

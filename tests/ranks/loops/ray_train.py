@@ -1,6 +1,6 @@
-"""Ray Train's shape: two networks, both losses backward first, then each optimizer steps on its own.
+"""Ray Train's shape: an optimizer's step is followed by an update of the scale.
 
-As in an actor and a critic. Its wrapped optimizer updates the scale after every step.
+Here with two networks, both losses of which are backward before the first step.
 """
 
 from __future__ import annotations
