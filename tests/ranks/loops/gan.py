@@ -40,7 +40,7 @@ def train(
     trace = Trace()
     scaler = scaler_class("cpu", init_scale=8.0, growth_interval=2)
     optimizers = {
-        net: torch.optim.SGD(net.parameters(), lr=2.0**-8, momentum=0.5)
+        net: torch.optim.SGD(net.parameters(), lr=2.0**-12, momentum=0.5)
         for net in (discriminator, generator)
     }
     params = [*discriminator.parameters(), *generator.parameters()]
