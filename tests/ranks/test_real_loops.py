@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler as TorchShardedGradScaler
 from torch.nn.parallel import DistributedDataParallel
 
@@ -83,6 +83,15 @@ def run_nanochat(scaler_class, rank, size, overflows_at=None, **options):
     return nanochat.train(scaler_class, model, batches, 6, **options)
 
 
+def run_torchtitan_in_float16(scaler_class, rank, size):
+    """The scale grows until gradients overflow by themselves."""
+    net = make_net()
+    policy = MixedPrecisionPolicy(torch.float16, torch.float32)
+    shard_each_layer(net, init_device_mesh("cpu", (size,)), mp_policy=policy)
+    batches = batches_of(rank, size)
+    return torchtitan.train(scaler_class, [net], batches, 24, sgd)
+
+
 def run_torchtitan(scaler_class, rank, size, overflows_at=None, make_optimizer=sgd):
     net, batches = make_net(), batches_of(rank, size, overflows_at)
     parts = [net[:3], net[3:]]
@@ -123,21 +132,31 @@ def run_accelerate(
     return accelerate.train(scaler_class, model, batches, 5, optimizers, clips)
 
 
-def run_accelerate_with_two(scaler_class, rank, size, layout):
+def run_accelerate_with_two(scaler_class, rank, size, overflows_at=None, make_optimizer=sgd):
     """An optimizer for matrices and one for the rest."""
-    model, batches = lay_out(layout, size).model, batches_of(rank, size)
-    optimizers = [
-        sgd([p for p in model.parameters() if (p.ndim == 2) is are_matrices])
+    model, batches = lay_out("DDP", size).model, batches_of(rank, size, overflows_at)
+    matrices, others = (
+        [p for p in model.parameters() if (p.ndim == 2) is are_matrices]
         for are_matrices in (True, False)
-    ]
+    )
+    batches.spoil(model, matrices)
+    optimizers = [make_optimizer(matrices), make_optimizer(others)]
     return accelerate.train(scaler_class, model, batches, 3, optimizers, clips=True)
 
 
-def run_ray(scaler_class, rank, size, overflows_at=None, hits_critic=False, growth_interval=4):
+def run_ray(
+    scaler_class,
+    rank,
+    size,
+    overflows_at=None,
+    hits_critic=False,
+    growth_interval=4,
+    make_optimizer=sgd,
+):
     nets = [DistributedDataParallel(make_net()) for _ in range(2)]
     batches = batches_of(rank, size, overflows_at)
     batches.spoil(nets[hits_critic])
-    return ray_train.train(scaler_class, *nets, batches, 4, growth_interval)
+    return ray_train.train(scaler_class, *nets, batches, 4, growth_interval, make_optimizer)
 
 
 def run_lightning(scaler_class, rank, size, layout, overflows_at=None, make_optimizer=sgd):
@@ -238,25 +257,37 @@ RIGHT = {
 # ----------------------------------------------------------------------------- where torch is wrong
 
 WRONG = {
-    "Ray Train, overflow in the first": Case(
-        # The critic's gradients, made at 16, are divided by 8.
-        part(run_ray, overflows_at=2),
-        [1.0] * 4 + [None] + [1.0] * 3,
-        [8, 16, 8, 8],
-        torch_told=lambda rank, bad: [1.0] * 4 + [None, 2.0] + [1.0] * 2,
-    ),
+    **{
+        f"Ray Train{kind}, overflow in the first": Case(
+            # The critic's gradients, made at 16, are divided by 8.
+            part(run_ray, overflows_at=2, make_optimizer=make_optimizer),
+            [1.0] * 4 + [None] + [1.0] * 3,
+            [8, 16, 8, 8],
+            torch_told=lambda rank, bad: [1.0] * 4 + [None, 2.0] + [1.0] * 2,
+        )
+        for kind, make_optimizer in (("", sgd), (", fused", fused_adamw))
+    },
     "Ray Train, the scale grows between the two": Case(
         part(run_ray, growth_interval=5),
         [1.0] * 8,
         [8, 8, 16, 16],
         torch_told=lambda rank, bad: [1.0] * 5 + [0.5] + [1.0] * 2,
     ),
-    "Accelerate DDP, two optimizers clipped": Case(
-        # torch forgets at the first update that the second is unscaled, and divides it again.
-        part(run_accelerate_with_two, layout="DDP"),
-        [1.0] * 6,
-        [8, 16, 16],
-        torch_told=lambda rank, bad: [1.0, 1 / 8, 1.0, 1 / 8, 1.0, 1 / 16],
+    # torch forgets at the first update that the second is unscaled, and divides it again.
+    **{
+        f"Accelerate, two optimizers clipped{kind}": Case(
+            part(run_accelerate_with_two, make_optimizer=make_optimizer),
+            [1.0] * 6,
+            [8, 16, 16],
+            torch_told=lambda rank, bad: [1.0, 1 / 8, 1.0, 1 / 8, 1.0, 1 / 16],
+        )
+        for kind, make_optimizer in (("", sgd), (", fused", fused_adamw))
+    },
+    "Accelerate, two optimizers clipped, overflow in the first": Case(
+        part(run_accelerate_with_two, overflows_at=3),
+        [1.0, 1.0, None, 1.0, 1.0, 1.0],
+        [8, 4, 4],
+        torch_told=lambda rank, bad: [1.0, 1 / 8, None, 1 / 4, 1.0, 1 / 4],
     ),
     # From here on the overflow is one rank's, in the last step: afterwards torch's ranks would mix
     # gradients of two scales.
@@ -360,13 +391,32 @@ def examine(rank, size):
         if case.torch_told is not None:
             claimed = told(case.torch_told(rank, bad_rank(size)))
             traces["torch told"] = case.run(claimed, rank, size)
+    found["float16"] = {
+        who: run_torchtitan_in_float16(scaler_class, rank, size)
+        for who, scaler_class in (("ours", ShardedGradScaler), ("torch", torch.amp.GradScaler))
+    }
     return found
 
 
 @pytest.fixture(scope="module")
 def examined(ranks):
     """``examined(size)``: what each rank found; spawned once for each number of ranks."""
-    return functools.cache(lambda size: ranks.run(examine, size, limit_s=90))
+    tried = functools.cache(lambda size: _tried(lambda: ranks.run(examine, size, limit_s=90)))
+
+    def look(size):
+        found = tried(size)
+        if isinstance(found, Exception):  # raised again for each test that would have looked
+            raise found
+        return found
+
+    return look
+
+
+def _tried(call):
+    try:
+        return call()
+    except Exception as error:
+        return error
 
 
 def on_every_size(cases):
@@ -383,6 +433,16 @@ def test_with_nothing_changed_but_the_import_a_loop_goes_the_same_way(examined, 
         assert traces["ours"].scales == case.scales
         assert traces["ours"] == traces["torch"]
         assert traces["ours"].without_scaler() == traces["told"].without_scaler()
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_float16_that_overflows_by_itself_goes_the_same_way(examined, size):
+    """Beside torch alone: without a scale, small gradients have fewer bits in float16."""
+    for found in examined(size):
+        ours = found["float16"]["ours"]
+        falls = [after < before for before, after in itertools.pairwise(ours.scales)]
+        assert sum(falls) >= 2
+        assert ours == found["float16"]["torch"]
 
 
 @on_every_size(WRONG | BY_OURS_ALONE)

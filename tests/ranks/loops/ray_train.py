@@ -36,13 +36,13 @@ def train(
     batches: Iterator[Tensor],
     num_steps: int,
     growth_interval: int,
+    make_optimizer: Callable[..., torch.optim.Optimizer],
 ) -> Trace:
     """The critic's step comes after the actor's update; its gradients were made before it."""
     trace = Trace()
     scaler = scaler_class("cpu", init_scale=8.0, growth_interval=growth_interval)
     optimizers = [
-        WrappedOptimizer(torch.optim.SGD(net.parameters(), lr=2.0**-6, momentum=0.5), scaler)
-        for net in (actor, critic)
+        WrappedOptimizer(make_optimizer(net.parameters()), scaler) for net in (actor, critic)
     ]
     for _ in range(num_steps):
         x = next(batches)

@@ -37,7 +37,7 @@ class LRSchedulersContainer:
     """The same schedule for each of a container's optimizers."""
 
     def __init__(self, optimizers: OptimizersContainer) -> None:
-        self.schedulers = [LambdaLR(o, lambda step: 2.0**-step) for o in optimizers.optimizers]
+        self.schedulers = [LambdaLR(o, lambda step: 1 / (1 + step)) for o in optimizers.optimizers]
 
     def step(self) -> None:
         for scheduler in self.schedulers:
