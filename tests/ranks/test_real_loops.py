@@ -40,6 +40,8 @@ from tests.ranks.rank import outcome
 
 SIZES = (1, 2, 3, 4)
 SEVERAL = (2, 3, 4)
+SIZES_OF_FLOAT16 = (1, 2, 3)
+"""For a long run: it takes the scale a while to become too large."""
 FSDP1 = "FSDP1 FULL_SHARD original"
 sgd = functools.partial(torch.optim.SGD, lr=2.0**-6, momentum=0.5)
 fused_adamw = functools.partial(torch.optim.AdamW, lr=2.0**-6, fused=True)
@@ -89,7 +91,7 @@ def run_torchtitan_in_float16(scaler_class, rank, size):
     policy = MixedPrecisionPolicy(torch.float16, torch.float32)
     shard_each_layer(net, init_device_mesh("cpu", (size,)), mp_policy=policy)
     batches = batches_of(rank, size)
-    return torchtitan.train(scaler_class, [net], batches, 24, sgd)
+    return torchtitan.train(scaler_class, [net], batches, 20, sgd)
 
 
 def run_torchtitan(scaler_class, rank, size, overflows_at=None, make_optimizer=sgd):
@@ -98,7 +100,7 @@ def run_torchtitan(scaler_class, rank, size, overflows_at=None, make_optimizer=s
     for part in parts:
         shard_each_layer(part, init_device_mesh("cpu", (size,)))
     batches.spoil(parts[0])  # the other one has no row for a fourth rank
-    return torchtitan.train(scaler_class, parts, batches, 6, make_optimizer)
+    return torchtitan.train(scaler_class, parts, batches, 4, make_optimizer)
 
 
 def run_torchtitan_with_tp(scaler_class, rank, size, overflows_at):
@@ -179,7 +181,7 @@ def run_gan(scaler_class, rank, size, is_sharded, overflows_at=None, train=gan.t
         nets = [DistributedDataParallel(net) for net in nets]
     batches = batches_of(rank, size, overflows_at)
     batches.spoil(nets[0])
-    return train(scaler_class, *nets, batches, 3)
+    return train(scaler_class, *nets, batches, 2)
 
 
 def run_pipeline(scaler_class, rank, size, num_steps=4, overflows_at=None, scales_nothing=False):
@@ -205,11 +207,11 @@ RIGHT = {
         [1.0] * 4 + [None] + [1.0] * 7,
         [8, 16, 8, 8, 16, 16],
     ),
-    "torchtitan FSDP2": Case(run_torchtitan, [1.0] * 6, [8, 16, 16, 32, 32, 64]),
+    "torchtitan FSDP2": Case(run_torchtitan, [1.0] * 4, [8, 16, 16, 32]),
     "torchtitan FSDP2, overflow": Case(
-        part(run_torchtitan, overflows_at=3, make_optimizer=fused_adamw),
-        [1.0] * 3 + [None] + [1.0] * 2,
-        [8, 16, 16, 8, 8, 16],
+        part(run_torchtitan, overflows_at=2, make_optimizer=fused_adamw),
+        [1.0, 1.0, None, 1.0],
+        [8, 16, 8, 8],
     ),
     **{
         f"Accelerate {layout}{', overflow' if overflows else ''}": Case(
@@ -234,20 +236,18 @@ RIGHT = {
         [1.0, 1.0, None, 1.0, 1.0, 1.0],
         [8, 16, 8, 8, 16, 16],
     ),
-    "GAN DDP": Case(
-        part(run_gan, is_sharded=False), [1.0] * 9, [8, 16, 16, 32, 32, 64, 64, 128, 128]
-    ),
+    "GAN DDP": Case(part(run_gan, is_sharded=False), [1.0] * 6, [8, 16, 16, 32, 32, 64]),
     "GAN FSDP2, overflow": Case(
         # In the second step of the discriminator's pair: the generator's gradients come after it.
         part(run_gan, is_sharded=True, overflows_at=4),
-        [1.0] * 4 + [None] + [1.0] * 4,
-        [8, 16, 16, 32, 16, 16, 32, 32, 64],
+        [1.0] * 4 + [None, 1.0],
+        [8, 16, 16, 32, 16, 16],
     ),
     "GAN with Accelerate, overflow": Case(
         # What the other network's turn unscaled in vain must not be taken for done.
-        part(run_gan, is_sharded=False, overflows_at=3, train=accelerate.train_in_turns),
-        [1.0] * 3 + [None] + [1.0] * 2,
-        [8, 8, 8, 4, 4, 4],
+        part(run_gan, is_sharded=False, overflows_at=1, train=accelerate.train_in_turns),
+        [1.0, None, 1.0, 1.0],
+        [8, 4, 4, 4],
     ),
     "pipeline, zeros scaled": Case(
         part(run_pipeline, scales_nothing=True), [1.0] * 4, [8, 16, 16, 32]
@@ -391,10 +391,11 @@ def examine(rank, size):
         if case.torch_told is not None:
             claimed = told(case.torch_told(rank, bad_rank(size)))
             traces["torch told"] = case.run(claimed, rank, size)
-    found["float16"] = {
-        who: run_torchtitan_in_float16(scaler_class, rank, size)
-        for who, scaler_class in (("ours", ShardedGradScaler), ("torch", torch.amp.GradScaler))
-    }
+    if size in SIZES_OF_FLOAT16:
+        found["float16"] = {
+            who: run_torchtitan_in_float16(scaler_class, rank, size)
+            for who, scaler_class in (("ours", ShardedGradScaler), ("torch", torch.amp.GradScaler))
+        }
     return found
 
 
@@ -435,7 +436,7 @@ def test_with_nothing_changed_but_the_import_a_loop_goes_the_same_way(examined, 
         assert traces["ours"].without_scaler() == traces["told"].without_scaler()
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", SIZES_OF_FLOAT16)
 def test_float16_that_overflows_by_itself_goes_the_same_way(examined, size):
     """Beside torch alone: without a scale, small gradients have fewer bits in float16."""
     for found in examined(size):
@@ -478,7 +479,7 @@ def test_accelerate_sees_a_skip_of_a_plain_optimizer(examined, size):
             skipped = found[f"Accelerate {layout}, overflow"]["ours"].skipped
             assert skipped == [False, False, True, False, False]
         in_turns = found["GAN with Accelerate, overflow"]["ours"].skipped
-        assert in_turns == [False, False, False, True, True, False]
+        assert in_turns == [False, True, True, False]
 
 
 @pytest.mark.parametrize("size", SEVERAL)
