@@ -23,6 +23,7 @@ import memory
 import one_process
 import record
 import verdict_time
+import waiting
 from side_by_side import Row
 
 # Name -> (title, rows as a function of the number of rounds, rounds, rounds if quick).
@@ -34,6 +35,7 @@ GROUPS: dict[str, tuple[str, Callable[[int], list[Row]], int, int]] = {
     "one_process": ("One process", one_process.rows, 500, 30),
     "large": ("256 MiB of gradients, one process", large.rows, 20, 2),
     "growth": ("Time beside the number of parameters, two ranks", growth.rows, 30, 3),
+    "waiting": ("Not waiting for the device", waiting.rows, 100, 3),
     "verdict_time": ("A verdict beside its all-reduce", verdict_time.rows, 200, 10),
 }
 

@@ -1,0 +1,126 @@
+"""What it costs that the host does not wait: reading late, and skipping on the device."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from job import on_ranks, slowest
+from parameters import FusedNoStep, iteration, plain
+from side_by_side import Row, in_turns, quantile
+from torch import Tensor
+
+from shardscale import ShardedGradScaler, skip_on_device
+
+__all__ = ["rows"]
+
+MAKERS: dict[str, Callable[..., Any]] = {
+    "AdamW": partial(torch.optim.AdamW, foreach=True),
+    "RMSprop": partial(torch.optim.RMSprop, foreach=True),
+    "SGD with momentum": partial(torch.optim.SGD, momentum=0.9, foreach=True),
+}
+SIZES = {"16 tensors of 1 MiB": (16, 2**18), "400 tensors of 64 elements": (400, 64)}
+NOTE = (
+    "On the CPU, where nothing is gained by it: what is gained is a wait for a GPU. The new "
+    "buffers are first touched here, which costs a CPU more than a GPU's allocator."
+)
+
+
+def rows(num_rounds: int) -> list[Row]:
+    """Late reading beside reading at once; gated steps beside plain ones."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    found = [late_reading(num_rounds), *gating(num_rounds)]
+    torch.set_num_threads(before)
+    return found
+
+
+def late_reading(num_rounds: int) -> Row:
+    """A fused iteration of 400 parameters on two ranks."""
+    taken = slowest(on_ranks(time_reading, 2, num_rounds))
+    ratios = [late / at_once for late, at_once in zip(taken["late"], taken["at once"], strict=True)]
+    middle = quantile(ratios, 0.5)
+    return Row(
+        "fused step + update, 400 parameters, 2 ranks: read late, against sync=True",
+        "us",
+        1e6 * quantile(taken["late"], 0.5),
+        1e6 * quantile(taken["at once"], 0.5),
+        (middle, quantile(ratios, 0.2), quantile(ratios, 0.8)),
+        "late / at once",
+        "<= 1",
+        middle <= 1,
+        "Only ours: torch reads nothing there, and is wrong (its ranks skip one by one).",
+    )
+
+
+def time_reading(rank: int, size: int, num_rounds: int) -> dict[str, list[float]]:
+    """Seconds of an iteration, by when its verdict is read."""
+    ways = {}
+    for name, sync in (("late", False), ("at once", True)):
+        scaler = ShardedGradScaler("cpu", init_scale=1.0, growth_interval=10**9, sync=sync)
+        ways[name] = iteration(scaler, FusedNoStep(plain(400, 64)))
+    return in_turns(ways, num_rounds)
+
+
+def gating(num_rounds: int) -> list[Row]:
+    """The seconds that gating adds, in passes that read and write parameters and state once."""
+    found = []
+    for size, (num, numel) in SIZES.items():
+        for name, make in MAKERS.items():
+            ways = {"plain": step(make, num, numel, False), "gated": step(make, num, numel, True)}
+            ways["pass"] = one_pass(make, num, numel)
+            taken = in_turns(ways, num_rounds)
+            times = zip(taken["plain"], taken["gated"], taken["pass"], strict=True)
+            passes = [(gated - ungated) / one for ungated, gated, one in times]
+            middle = quantile(passes, 0.5)
+            ratio = quantile(taken["gated"], 0.5) / quantile(taken["plain"], 0.5)
+            found.append(
+                Row(
+                    f"gated {name}, {size}: {ratio:.2f} x the step",
+                    "us",
+                    1e6 * quantile(taken["gated"], 0.5),
+                    1e6 * quantile(taken["plain"], 0.5),
+                    (middle, quantile(passes, 0.2), quantile(passes, 0.8)),
+                    "added / one pass",
+                    "<= 1",
+                    middle <= 1,
+                    NOTE,
+                )
+            )
+    return found
+
+
+def step(make: Callable[..., Any], num: int, numel: int, gated: bool) -> Callable[[], float]:
+    """A function that steps once with a good verdict and returns the seconds of that."""
+    optimizer = make(plain(num, numel))
+    good = torch.zeros(())
+    if gated:
+        skip_on_device(optimizer)
+
+    def run() -> float:
+        if gated:
+            optimizer.found_inf = good
+        started = time.perf_counter()
+        optimizer.step()
+        return time.perf_counter() - started
+
+    return run
+
+
+def one_pass(make: Callable[..., Any], num: int, numel: int) -> Callable[[], float]:
+    """A function that multiplies parameters and state by one, in place."""
+    optimizer = make(plain(num, numel))
+    optimizer.step()
+    params = optimizer.param_groups[0]["params"]
+    states = [v for p in params for v in optimizer.state[p].values() if isinstance(v, Tensor)]
+    tensors = [p.detach() for p in params] + states
+
+    def run() -> float:
+        started = time.perf_counter()
+        torch._foreach_mul_(tensors, 1.0)
+        return time.perf_counter() - started
+
+    return run
