@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import pickle
 import queue
 import socket
@@ -19,6 +20,7 @@ __all__ = ["RollCall"]
 _GRACE_S = 5.0
 _POLL_S = 0.05
 _STORE_PATIENCE_S = 5.0
+_BATCH = 64  # keys that one request asks for
 
 T = TypeVar("T")
 
@@ -93,25 +95,41 @@ class RollCall:
         return " ".join(sentences)
 
     def gather(self, obj: object, timeout_s: float) -> list[object]:
-        """Every rank's object in rank order, None for those that did not write one in time."""
+        """Every rank's object in rank order, None for those that did not write one in time.
+
+        Most ranks of a large job say the same, so a text is kept once, under its digest, and a
+        rank's own key holds the digest: what n ranks read grows with the square of n.
+        """
         self._num_gathers += 1
         num = self._num_gathers
         keys = [f"{self._prefix}/gather/{num}/{rank}" for rank in range(self._size)]
+        batches = [keys[first : first + _BATCH] for first in range(0, self._size, _BATCH)]
 
         def exchange() -> list[object]:
+            text = _pack(obj)
+            digest = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
             self._store.set(self._gathering(num), "1")
-            self._store.set(keys[self._rank], _pack(obj))
+            self._store.set(self._text(digest), text)
+            self._store.set(keys[self._rank], digest)
             deadline = time.monotonic() + timeout_s
-            waiting = [key for key in keys if not self._store.check([key])]
-            while waiting and time.monotonic() < deadline:
-                time.sleep(_POLL_S)
-                waiting = [key for key in waiting if not self._store.check([key])]
-            return [None if key in waiting else _unpack(self._store.get(key)) for key in keys]
+            came: list[str] = []
+            for batch in batches:
+                while not (is_complete := self._store.check(batch)) and time.monotonic() < deadline:
+                    time.sleep(_POLL_S)
+                came += batch if is_complete else [k for k in batch if self._store.check([k])]
+            told = dict(zip(came, map(bytes.decode, self._store.multi_get(came)), strict=True))
+            different = list(set(told.values()))
+            texts = self._store.multi_get(list(map(self._text, different)))
+            things = dict(zip(different, map(_unpack, texts), strict=True))
+            return [things[told[key]] if key in told else None for key in keys]
 
         try:
             return self._ask(exchange, timeout_s + _STORE_PATIENCE_S)
         except _StoreSilentError:
             return [obj if rank == self._rank else None for rank in range(self._size)]
+
+    def _text(self, digest: str) -> str:
+        return f"{self._prefix}/text/{digest}"
 
     def _gathering(self, num: int) -> str:
         return f"{self._prefix}/alarm/gather/{num}"

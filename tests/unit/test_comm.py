@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
+import torch.distributed as dist
 
 from shardscale.comm import Bond, Communicator, Solo
 from shardscale.comm.process_group import message_device
+from shardscale.comm.roll_call import RollCall
 from shardscale.errors import ConfigError
 from shardscale.testing import run_ranks
 from tests.comm_contract import check_contract, keep_contract
@@ -70,3 +74,21 @@ def test_scalers_are_numbered_in_the_order_they_are_made_on_each_communicator():
     one, other = Solo(), Solo()
 
     assert [Bond(comm=c).ordinal for c in (one, other, one, one)] == [0, 0, 1, 2]
+
+
+def test_a_store_keeps_what_many_ranks_tell_alike_only_once():
+    """More ranks than one request asks for; one says something else and one does not come."""
+    size, odd, missing = 150, 5, 77
+    store = dist.HashStore()
+    say = {rank: {"policy": "other" if rank == odd else "same"} for rank in range(size)}
+    say[missing] = None
+
+    def tell(rank):
+        return RollCall(store, "job", rank, size).gather(say[rank], timeout_s=0.3)
+
+    with ThreadPoolExecutor(size) as pool:
+        heard = list(pool.map(tell, [rank for rank in range(size) if rank != missing]))
+
+    assert all(each == [say[rank] for rank in range(size)] for each in heard)
+    keys_of_ranks, texts, alarms = size - 1, 2, 1
+    assert store.num_keys() == keys_of_ranks + texts + alarms
