@@ -103,7 +103,6 @@ class RollCall:
         self._num_gathers += 1
         num = self._num_gathers
         keys = [f"{self._prefix}/gather/{num}/{rank}" for rank in range(self._size)]
-        batches = [keys[first : first + _BATCH] for first in range(0, self._size, _BATCH)]
 
         def exchange() -> list[object]:
             text = _pack(obj)
@@ -111,12 +110,7 @@ class RollCall:
             self._store.set(self._gathering(num), "1")
             self._store.set(self._text(digest), text)
             self._store.set(keys[self._rank], digest)
-            deadline = time.monotonic() + timeout_s
-            came: list[str] = []
-            for batch in batches:
-                while not (is_complete := self._store.check(batch)) and time.monotonic() < deadline:
-                    time.sleep(_POLL_S)
-                came += batch if is_complete else [k for k in batch if self._store.check([k])]
+            came = self._written(keys, time.monotonic() + timeout_s)
             told = dict(zip(came, map(bytes.decode, self._store.multi_get(came)), strict=True))
             different = list(set(told.values()))
             texts = self._store.multi_get(list(map(self._text, different)))
@@ -136,17 +130,25 @@ class RollCall:
 
     def _call_roll(self, verdict: int) -> dict[int, tuple[int, str]]:
         """The verdict and the host of every rank that has written them by the end of the grace."""
-        keys = {rank: f"{self._prefix}/arrived/{rank}" for rank in range(self._size)}
-        self._store.set(keys[self._rank], _pack((verdict, socket.gethostname())))
+        keys = {f"{self._prefix}/arrived/{rank}": rank for rank in range(self._size)}
+        mine = _pack((verdict, socket.gethostname()))
+        self._store.set(f"{self._prefix}/arrived/{self._rank}", mine)
         self._store.set(f"{self._prefix}/alarm/{verdict}", "1")
-        deadline = time.monotonic() + _GRACE_S
-        came: dict[int, tuple[int, str]] = {}
-        while len(came) < self._size and time.monotonic() < deadline:
-            for rank, key in keys.items():
-                if rank not in came and self._store.check([key]):
-                    came[rank] = _unpack(self._store.get(key))
-            time.sleep(_POLL_S)
-        return came
+        came = self._written(list(keys), time.monotonic() + _GRACE_S)
+        told = map(_unpack, self._store.multi_get(came))
+        return {keys[key]: at for key, at in zip(came, told, strict=True)}
+
+    def _written(self, keys: list[str], deadline: float) -> list[str]:
+        """Those of ``keys`` that have been written by the deadline; all, as soon as they are."""
+        # The same number of requests a second reach the store, however many ranks send them.
+        poll_s = _POLL_S * max(1.0, self._size / _BATCH)
+        written: list[str] = []
+        for first in range(0, len(keys), _BATCH):
+            batch = keys[first : first + _BATCH]
+            while not (is_complete := self._store.check(batch)) and time.monotonic() < deadline:
+                time.sleep(min(poll_s, max(0.0, deadline - time.monotonic())))
+            written += batch if is_complete else [key for key in batch if self._store.check([key])]
+        return written
 
     def _ask(self, question: Callable[[], T], patience_s: float) -> T:
         """Run ``question`` on a thread and wait for its answer at most ``patience_s`` seconds."""
