@@ -37,8 +37,10 @@ def summed(messages: Sequence[Tensor]) -> list[Tensor]:
     size = len(messages)
     if not dist.is_initialized():
         dist.init_process_group("fake", rank=0, world_size=size, store=FakeStore())
+    # Outside of the mode: inside, each of these would be a dispatch of its own.
+    of_rank = {rank: message.clone() for rank, message in enumerate(messages)}
     with LocalTensorMode(size):
-        all_ranks = LocalTensor({rank: m.clone() for rank, m in enumerate(messages)})
+        all_ranks = LocalTensor(of_rank)
         ProcessGroupComm(dist.group.WORLD).all_reduce_sum_(all_ranks)
     return list(all_ranks._local_tensors.values())
 
