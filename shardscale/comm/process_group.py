@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 import weakref
 from datetime import timedelta
 
@@ -21,6 +22,12 @@ __all__ = ["FIRST_TIMEOUT_S", "ProcessGroupComm", "message_device"]
 _LATE = timedelta(seconds=1)
 _POLL = timedelta(seconds=0.25)
 FIRST_TIMEOUT_S = 60.0
+# Gloo passes two numbers round a ring of n ranks, in 2 (n - 1) steps one after the other. A step
+# takes 60 us and more over the loopback (benchmarks/results/training-step, two ranks with a core
+# each, November 2026), and over a network no less. So from 128 ranks on a verdict takes 15 ms and
+# more, over 1 % of a training step of a second.
+LARGE_FOR_GLOO = 128
+_GLOO_STEP_S = 60e-6
 
 
 _roll_calls: weakref.WeakKeyDictionary[dist.ProcessGroup, RollCall] = weakref.WeakKeyDictionary()
@@ -44,7 +51,10 @@ class ProcessGroupComm:
         self.rank = group.rank()
         self.size = group.size()
         self.timeout_s = timeout_s
-        self._device = message_device(dist.get_backend_config(group))
+        config = dist.get_backend_config(group)
+        self._device = message_device(config)
+        if group not in _roll_calls and self.size >= LARGE_FOR_GLOO:
+            _warn_of_a_long_ring(self.size, _transport(config, self._device))
         # All scalers of a group share it: their verdicts come in one order on every rank.
         self._roll_call = _roll_calls.setdefault(
             group, RollCall(_get_process_group_store(group), "shardscale", self.rank, self.size)
@@ -136,6 +146,27 @@ def _is_done(work: dist.Work, patience: timedelta) -> bool:
             return False
         work.wait()
     return True
+
+
+def _transport(backend_config: str, device: torch.device) -> str:
+    """The backend that carries tensors of a device."""
+    pairs = (pair.partition(":") for pair in backend_config.split(","))
+    return {kind: backend for kind, _, backend in pairs}.get(device.type, "")
+
+
+def _warn_of_a_long_ring(size: int, transport: str) -> None:
+    # On every rank: where a warning is an error, one that a single rank raised would leave the
+    # others waiting for it.
+    if transport != "gloo":
+        return
+    num_steps = 2 * (size - 1)
+    warnings.warn(
+        f"the agreeing group has {size} ranks and agrees over Gloo, which passes each verdict "
+        f"round a ring of them on the host: {num_steps} steps, {num_steps * _GLOO_STEP_S:.2g} s or "
+        "more. Give the group a transport that sums in a tree: on GPUs NCCL, as by "
+        'init_process_group("cpu:gloo,cuda:nccl"); on CPUs one of your own, passed as comm=.',
+        stacklevel=2,
+    )
 
 
 def message_device(backend_config: str) -> torch.device:

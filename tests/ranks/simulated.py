@@ -27,8 +27,8 @@ T = TypeVar("T")
 _STACK_BYTES = 2**19  # a thousand threads with the usual 8 MiB each would reserve 8 GiB
 
 
-def summed(messages: Sequence[Tensor]) -> list[Tensor]:
-    """What each rank holds after the library's own all-reduce of ``messages``, one from each rank.
+def summed(messages: Sequence[Tensor]) -> Tensor:
+    """The messages of all ranks, one a row, after the library's own all-reduce of them.
 
     The group is torch's fake one, which moves nothing, under LocalTensorMode: a LocalTensor holds
     the tensors of all ranks, every operator runs on each of them, and a collective, which the mode
@@ -37,12 +37,11 @@ def summed(messages: Sequence[Tensor]) -> list[Tensor]:
     size = len(messages)
     if not dist.is_initialized():
         dist.init_process_group("fake", rank=0, world_size=size, store=FakeStore())
-    # Outside of the mode: inside, each of these would be a dispatch of its own.
-    of_rank = {rank: message.clone() for rank, message in enumerate(messages)}
+    held = torch.stack(list(messages))
+    of_rank = dict(enumerate(held.unbind()))  # views: what a rank receives stands in its row
     with LocalTensorMode(size):
-        all_ranks = LocalTensor(of_rank)
-        ProcessGroupComm(dist.group.WORLD).all_reduce_sum_(all_ranks)
-    return list(all_ranks._local_tensors.values())
+        ProcessGroupComm(dist.group.WORLD).all_reduce_sum_(LocalTensor(of_rank))
+    return held
 
 
 def on_threads(fn: Callable[[ProcessGroupComm], T], size: int) -> list[T | BaseException]:

@@ -73,9 +73,9 @@ def judge(scenario: Scenario, call: Call, good: list[torch.Tensor]) -> Read:
         mine = call._replace(**scenario.change) if r in scenario.odd else call
         stats = stats_of(r, r in scenario.bad)
         messages[r] = pack(stats, mine, r, size, faulted=r in scenario.faulted)
-    held = summed(messages) if scenario.is_reduced else messages
+    held = summed(messages) if scenario.is_reduced else torch.stack(messages)
     # The same bits read the same, so each different message is read once.
-    by_bits = Counter(message.numpy().tobytes() for message in held)
+    by_bits = Counter(row.tobytes() for row in held.numpy())
     flags: Counter[tuple[bool, bool, bool]] = Counter()
     norms = []
     for bits, num_ranks in by_bits.items():

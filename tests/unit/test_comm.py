@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from shardscale.comm import Bond, Communicator, Solo
-from shardscale.comm.process_group import message_device
+from shardscale.comm.process_group import LARGE_FOR_GLOO, ProcessGroupComm, message_device
 from shardscale.comm.roll_call import RollCall
 from shardscale.errors import ConfigError
 from shardscale.testing import run_ranks
@@ -28,6 +28,12 @@ def test_doubles_are_communicators():
     assert run_ranks(lambda comm: isinstance(comm, Communicator), 1) == [True]
 
 
+class Available:
+    """A device that torch says is there."""
+
+    is_available = staticmethod(lambda: True)
+
+
 @pytest.mark.parametrize(
     ("config", "device"),
     [
@@ -43,10 +49,6 @@ def test_doubles_are_communicators():
 )
 def test_message_lives_where_the_group_has_a_transport_of_its_own(config, device, monkeypatch):
     """No accelerator is here, so torch is told that each named one is."""
-
-    class Available:
-        is_available = staticmethod(lambda: True)
-
     monkeypatch.setattr(torch, "get_device_module", lambda device: Available)
 
     assert message_device(config) == torch.device(device)
@@ -55,6 +57,60 @@ def test_message_lives_where_the_group_has_a_transport_of_its_own(config, device
 def test_message_stays_on_the_host_where_the_accelerator_is_missing():
     assert not torch.cuda.is_available()
     assert message_device("cpu:gloo,cuda:nccl") == torch.device("cpu")
+
+
+class LargeGroup:
+    """So many ranks of Gloo do not fit a test. It has no collective, so none can be made."""
+
+    def __init__(self, size):
+        self._size = size
+
+    def rank(self):
+        return self._size - 1
+
+    def size(self):
+        return self._size
+
+
+@pytest.fixture
+def comm_of(monkeypatch):
+    """The communicator of a group with such a transport; the devices it names are there."""
+
+    def make(group, config):
+        module = "shardscale.comm.process_group"
+        monkeypatch.setattr(torch, "get_device_module", lambda device: Available)
+        monkeypatch.setattr(f"{module}.dist.get_backend_config", lambda group: config)
+        monkeypatch.setattr(f"{module}._get_process_group_store", lambda group: dist.HashStore())
+        return ProcessGroupComm(group)
+
+    return make
+
+
+@pytest.mark.parametrize("config", ["cpu:gloo", "cpu:gloo,cuda:gloo", "cpu:gloo,mps:anything"])
+def test_a_large_group_on_gloo_warns_once_of_what_a_verdict_costs(comm_of, config, recwarn):
+    group = LargeGroup(1_024)
+    comm_of(group, config)
+    comm_of(group, config)  # another scaler's
+
+    (warning,) = recwarn
+    # 2 * 1023 steps of 60 us.
+    assert "has 1024 ranks" in str(warning.message)
+    assert "2046 steps, 0.12 s" in str(warning.message)
+    assert "cuda:nccl" in str(warning.message)
+
+
+def test_the_warning_begins_where_gloo_begins_to_cost(comm_of):
+    comm_of(LargeGroup(LARGE_FOR_GLOO - 1), "cpu:gloo")
+    with pytest.warns(UserWarning, match="254 steps"):
+        comm_of(LargeGroup(LARGE_FOR_GLOO), "cpu:gloo")
+
+
+@pytest.mark.parametrize(
+    "config", ["cpu:gloo,cuda:nccl", "cuda:nccl", "cpu:fake,cuda:fake", "cpu:mpi", "undefined"]
+)
+def test_no_other_transport_warns(comm_of, config):
+    """A warning would be an error here."""
+    assert comm_of(LargeGroup(16_384), config).size == 16_384
 
 
 def test_a_group_and_a_communicator_together_are_refused():
