@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from shardscale.owners import say_ranks
 from shardscale.records import Call
 
 __all__ = ["account", "explain"]
@@ -51,11 +52,11 @@ def explain(accounts: Sequence[object], rank: int) -> str:
     parts = [f"rank {r} raised {error.rstrip('.')}" for r, error in faults.items()]
     parts = parts or _differences(told)
     if silent:
-        parts.append(f"{_ranks(silent)} did not answer")
+        parts.append(f"{say_ranks(silent)} did not answer")
     if not parts:
         parts.append("their earlier verdicts had different bits, or they drifted apart before")
     head = f"rank {rank} of {len(accounts)}: the ranks disagree, so no rank moved its parameters"
-    cure = f"Mend the error of {_ranks([*faults])}, and {_GO_ON}." if faults else _CURE
+    cure = f"Mend the error of {say_ranks([*faults])}, and {_GO_ON}." if faults else _CURE
     return f"{head}. {'; '.join(parts)}. {cure}"
 
 
@@ -70,10 +71,6 @@ def _differences(told: dict[int, dict[str, object]]) -> list[str]:
         for r, row in told.items():
             holders.setdefault(repr(row[field]), []).append(r)
         if len(holders) > 1:
-            values = ", ".join(f"{value} on {_ranks(rs)}" for value, rs in holders.items())
+            values = ", ".join(f"{value} on {say_ranks(rs)}" for value, rs in holders.items())
             parts.append(f"{field}: {values}")
     return parts
-
-
-def _ranks(ranks: Sequence[int]) -> str:
-    return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(map(str, ranks))

@@ -41,3 +41,10 @@ def test_ranks_that_did_not_answer_are_named():
 
 def test_equal_accounts_point_to_the_past():
     assert "earlier verdicts had different bits" in explain([account(call())] * 2, 0)
+
+
+def test_a_thousand_ranks_are_named_in_a_line():
+    """Written out one by one they would fill a hundred kilobytes at 16,384."""
+    rows = [account(call(scale=4.0 if rank == 341 else 8.0)) for rank in range(1_024)]
+
+    assert "scale: 8.0 on ranks 0-340, 342-1023, 4.0 on rank 341;" in explain(rows, 0)
