@@ -23,11 +23,11 @@ _LATE = timedelta(seconds=1)
 _POLL = timedelta(seconds=0.25)
 FIRST_TIMEOUT_S = 60.0
 # Gloo passes two numbers round a ring of n ranks, in 2 (n - 1) steps one after the other. A step
-# takes 60 us and more over the loopback (benchmarks/results/training-step, two ranks with a core
-# each, November 2026), and over a network no less. So from 128 ranks on a verdict takes 15 ms and
-# more, over 1 % of a training step of a second.
+# takes 50 to 90 us over the loopback (benchmarks/results/training-step, two ranks with a core each,
+# November 2026), and over a network no less. So from 128 ranks on a verdict takes 13 ms and more,
+# over 1 % of a training step of a second.
 LARGE_FOR_GLOO = 128
-_GLOO_STEP_S = 60e-6
+_GLOO_STEP_S = 50e-6
 
 
 _roll_calls: weakref.WeakKeyDictionary[dist.ProcessGroup, RollCall] = weakref.WeakKeyDictionary()

@@ -35,6 +35,9 @@ _GATE = "tests/unit/test_gate.py"
 _ORDER = "tests/ranks/test_wrong_order.py"
 _LATE = "tests/ranks/test_late_reading.py"
 _POLICY = "tests/unit/test_policy.py"
+_COMM = "tests/unit/test_comm.py"
+_MANY = "tests/ranks/test_very_many_ranks.py::test_every_rank_reads_the_one_right_verdict"
+_SUMS = "tests/unit/test_message_arithmetic.py"
 
 MUTANTS = [
     Mutant(
@@ -453,5 +456,50 @@ MUTANTS = [
         (
             "tests/ranks/test_tensor_parallel.py::test_a_gradient_that_cannot_be_summed_is_an_error_on_every_rank",
         ),
+    ),
+    Mutant(
+        "the weights of more than 512 ranks do not sum to zero",
+        "shardscale/verdict.py",
+        "_draw(step, (rank + 1) % size, size)",
+        "_draw(step, (rank + 1) % min(size, 512), size)",
+        (
+            f"{_MANY}[1024-nobody]",
+            f"{_SUMS}::test_weights_of_large_groups_are_small_never_zero_and_sum_to_zero",
+        ),
+    ),
+    Mutant(
+        "a group may be larger than the message can count",
+        "shardscale/verdict.py",
+        "MAX_RANKS = 2**17",
+        "MAX_RANKS = 2**18",
+        (f"{_SUMS}::test_the_bad_ranks_of_the_largest_group_are_counted",),
+    ),
+    Mutant(
+        "more than 511 bad ranks read as a drift",
+        "shardscale/verdict.py",
+        "_COUNT_BITS = 18",
+        "_COUNT_BITS = 9",
+        (f"{_MANY}[1024-all are bad]",),
+    ),
+    Mutant(
+        "a large group warns on any transport",
+        "shardscale/comm/process_group.py",
+        '    if transport != "gloo":\n        return\n',
+        "",
+        (f"{_COMM}::test_no_other_transport_warns",),
+    ),
+    Mutant(
+        "a large group on Gloo warns once for each scaler",
+        "shardscale/comm/process_group.py",
+        "if group not in _roll_calls and self.size >=",
+        "if self.size >=",
+        (f"{_COMM}::test_a_large_group_on_gloo_warns_once_of_what_a_verdict_costs",),
+    ),
+    Mutant(
+        "a store is not asked for the rest of a batch in which one rank is missing",
+        "shardscale/comm/roll_call.py",
+        "written += batch if is_complete else [key for key in batch if self._store.check([key])]",
+        "written += batch if is_complete else []",
+        (f"{_COMM}::test_a_store_keeps_what_many_ranks_tell_alike_only_once",),
     ),
 ]
