@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import runpy
 import subprocess
 import sys
 from collections.abc import Callable
@@ -82,12 +81,6 @@ def test_the_page_shows_the_table_of_each_example(printed):
     page = PAGE.read_text()
     assert sorted(names_in(page)) == NAMES
     assert with_tables(page, {name: printed(name, RANKS).table for name in NAMES}) == page
-
-
-def test_the_picture_is_what_its_script_draws():
-    path = ROOT / "docs" / "_static" / "meshes.py"
-    script = runpy.run_path(str(path))
-    assert script["PICTURE"].read_text() == script["picture"]()
 
 
 def torchrun(name: str, num_ranks: int) -> Printed:

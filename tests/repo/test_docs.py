@@ -7,6 +7,7 @@ import importlib
 import json
 import pkgutil
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -133,6 +134,17 @@ def test_a_wrong_page_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     page.write_text("```python no-run\nx =\n```\n")
     with pytest.raises(SyntaxError):
         program_of(page)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "docs" / "_static").glob("*.py")), ids=label)
+def test_a_picture_is_what_its_script_draws(path: Path):
+    script = runpy.run_path(str(path))
+    assert script["PICTURE"].read_text() == script["picture"]()
+
+
+def test_the_page_shows_the_table_that_the_model_of_latency_makes():
+    model = runpy.run_path(str(ROOT / "docs" / "_static" / "latency.py"))
+    assert model["table"]() in (ROOT / "docs" / "very-many-ranks.md").read_text()
 
 
 def modules() -> list[str]:
