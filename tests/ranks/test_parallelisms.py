@@ -1,4 +1,4 @@
-"""Accumulation, optimizers of different ranks, and groups that are not the whole job."""
+"""Optimizers of different ranks, and groups that are not the whole job."""
 
 from __future__ import annotations
 
@@ -9,11 +9,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
-from torch.nn.parallel import DistributedDataParallel
 
 import shardscale
 from shardscale import ShardedGradScaler
-from tests.ranks.models import batch, make_net, reference_grads
 from tests.ranks.rank import outcome, scratch
 
 INF, NAN = math.inf, math.nan
@@ -22,50 +20,6 @@ SCALE = 8.0
 
 def sgd(params):
     return torch.optim.SGD(params, lr=0.5, momentum=0.5)
-
-
-# -------------------------------------------------------------------------------- DDP, accumulation
-
-
-def accumulate(rank, size, syncs_last, bad):
-    """Three micro-batches, all but the last under `no_sync`; the first overflows on one rank
-    only."""
-    net = make_net()
-    model = DistributedDataParallel(net)
-    optimizer = sgd(net.parameters())
-    scaler = ShardedGradScaler("cpu", init_scale=SCALE)
-    before = [p.detach().clone() for p in net.parameters()]
-    for micro in range(3):
-        loss = model(batch(rank, micro)).sum() * size
-        if bad and micro == 0 and rank == 1:
-            loss = loss * INF
-        if micro == 2 and syncs_last:
-            scaler.scale(loss).backward()
-        else:
-            with model.no_sync():
-                scaler.scale(loss).backward()
-    scaler.step(optimizer)
-    scaler.update()
-    untouched = all(map(torch.equal, before, net.parameters()))
-    return untouched, scaler.get_scale(), [p.detach() for p in net.parameters()]
-
-
-@pytest.mark.parametrize("syncs_last", [True, False])
-def test_accumulation_that_overflows_on_one_rank_is_skipped_by_all(ranks, syncs_last):
-    """Without the last synchronisation only that rank holds the Inf: DDP alone does not spread
-    it."""
-    for untouched, scale, _ in ranks.run(accumulate, 3, syncs_last=syncs_last, bad=True):
-        assert (untouched, scale) == (True, SCALE / 2)
-
-
-def test_accumulation_that_does_not_is_one_process_bit_for_bit(ranks):
-    """On two ranks: DDP's own division by three is not exact."""
-    net = make_net()
-    reference_grads(net, 2, 0, 1, 2)
-    sgd(net.parameters()).step()
-    for untouched, scale, params in ranks.run(accumulate, 2, syncs_last=True, bad=False):
-        assert (untouched, scale) == (False, SCALE)
-        assert all(map(torch.equal, params, net.parameters()))
 
 
 # ---------------------------------------------------------------------- ownership, groups, backends

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from tests.ranks.models import by_hand, data_parallel, pipeline, tensor_parallel
+from tests.ranks.models.data_parallel import held_back
 from tests.ranks.models.laid import Laid, equal, local, local_grads, spoil, whole_bits
 from tests.ranks.models.net import batch, make_net, reference_grads
 
@@ -14,6 +15,7 @@ __all__ = [
     "Laid",
     "batch",
     "equal",
+    "held_back",
     "lay_out",
     "local",
     "local_grads",

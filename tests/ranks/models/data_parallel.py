@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
+    FSDPModule,
     FullyShardedDataParallel,
     MixedPrecisionPolicy,
     ShardingStrategy,
@@ -18,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tests.ranks.models.laid import Laid, Layout, averaging, full
 from tests.ranks.models.net import make_net
 
-__all__ = ["LAYOUTS", "shard_each_layer"]
+__all__ = ["LAYOUTS", "held_back", "shard_each_layer"]
 
 ALL_SIZES = (2, 3, 4, 8)
 
@@ -72,6 +74,18 @@ def _hsdp(size: int, dtype: torch.dtype) -> Laid:
     net = make_net(dtype)
     shard_each_layer(net, init_device_mesh("cpu", (2, size // 2), mesh_dim_names=("r", "s")))
     return averaging(net, size, lambda: full(net), dtype)
+
+
+@contextmanager
+def held_back(model: nn.Module) -> Iterator[None]:
+    """Gradients made within have not met those of other ranks."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(False)
+        yield
+        model.set_requires_gradient_sync(True)
+    else:
+        with model.no_sync():
+            yield
 
 
 LAYOUTS = {
