@@ -58,6 +58,7 @@ class Examiner:
 
         Raises:
             LayoutError: a gradient cannot be judged; names the parameter.
+            StageError: a wrapper holds gradients back; names it.
 
         Collective: the ranks of a mesh that has Partial gradients sum these.
         """
@@ -69,6 +70,7 @@ class Examiner:
             summed = align_(sharded, self._layouts.name_of, timeout_s)
             self._layouts.mark_summed(summed)
         self._layouts.require_inside(sharded, self._members)
+        self._layouts.require_synced(params, self._members)
         self._layouts.require_in_use(params)
         self._require_unshared(optimizers)
 

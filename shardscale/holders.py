@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch.distributed as dist
@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from shardscale.records import Layout
 
-__all__ = ["clean_names", "layout_of", "unsharded_shapes", "wrappers_of"]
+__all__ = ["clean_name", "layout_of", "unsharded_shapes", "wrappers_of"]
 
 
 def layout_of(param: Tensor, wrapper: Any) -> Layout:
@@ -57,14 +57,15 @@ def unsharded_shapes(wrappers: Iterable[Any]) -> set[tuple[int, ...]]:
     return {tuple(shape) for handle in handles if handle for shape in handle.flat_param._shapes}
 
 
-def clean_names(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """All parameters, each once, named as in the model that was wrapped."""
+def clean_name(model: nn.Module) -> Callable[[str], str]:
+    """What turns a name in a model into that in the model that was wrapped."""
     ddp = {
         name
         for name, module in model.named_modules()
         if isinstance(module, nn.parallel.DistributedDataParallel)
     }
-    for name, param in model.named_parameters():
+
+    def clean(name: str) -> str:
         parts = name.split(".")
         # "module" is what DDP calls the model within.
         kept = [
@@ -72,7 +73,9 @@ def clean_names(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             for i, part in enumerate(parts)
             if part not in _WRAPPER_NAMES and not (part == "module" and ".".join(parts[:i]) in ddp)
         ]
-        yield ".".join(kept), param
+        return ".".join(kept)
+
+    return clean
 
 
 _WRAPPER_NAMES = {"_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module"}

@@ -11,15 +11,16 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from shardscale.errors import ConfigError, LayoutError
+from shardscale.errors import ConfigError, LayoutError, StageError
 from shardscale.holders import (
-    clean_names,
+    clean_name,
     layout_of,
     unsharded_shapes,
     wrappers_of,
 )
 from shardscale.owners import Holders, by_declaration, by_layout, require_inside, say_ranks
 from shardscale.records import Layout, Members
+from shardscale.withheld import Unit, units_of
 
 __all__ = ["Copies", "Layouts", "distinct"]
 
@@ -63,6 +64,7 @@ class Layouts:
 
     def __init__(self) -> None:
         self._known: dict[int, _Known] = {}
+        self._units: dict[int, Unit] = {}  # what can hold gradients back, by id
         self._loose: list[nn.Module] = []  # lists of parameters that nobody else may keep
         self._owned: dict[object, bool] = {}  # by mesh and placements, for unattached DTensors
         self._inside: dict[int, object] = {}  # meshes found to be in the group; kept, for their ids
@@ -88,11 +90,15 @@ class Layouts:
         is_list = isinstance(model, nn.ParameterList | nn.ParameterDict)
         if is_list and any(isinstance(p, DTensor) for p in model.parameters()):
             self._loose = [*(m for m in self._loose if m is not model), model]
+        self._units = {key: unit for key, unit in self._units.items() if unit.ref() is not None}
+        clean = clean_name(model)
+        for name, module in model.named_modules():
+            self._units.update(units_of(clean(name), module))
         wrappers = wrappers_of(model)
         modules = {id(p): m for m in model.modules() for p in m._parameters.values()}
-        for name, param in clean_names(model):
+        for name, param in model.named_parameters():
             before = self._lookup(param)
-            known = _Known(name, layout_of(param, wrappers.get(id(param))))
+            known = _Known(clean(name), layout_of(param, wrappers.get(id(param))))
             known.copies = copies or (before.copies if before else None)
             if isinstance(param, DTensor):
                 known.module = weakref.ref(modules[id(param)])
@@ -132,6 +138,32 @@ class Layouts:
                 known = self._of(param)
                 require_inside(known.name, known.layout, members)
                 self._inside[id(mesh)] = mesh
+
+    def require_synced(self, params: Iterable[Tensor], members: Members) -> None:
+        """No gradient may be held back from the other ranks when it is judged.
+
+        Args:
+            params: Of all optimizers of a call.
+            members: The agreeing group.
+
+        Raises:
+            StageError: an attached model holds one of them back; names it.
+        """
+        if members.size == 1:  # nobody misses it
+            return
+        for text, cure, ref, held_by in self._units.values():
+            unit = ref()
+            held = unit is not None and held_by(unit)
+            if not held:
+                continue
+            asked = set(map(id, params))
+            mine = next((param for param in held if id(param) in asked), None)
+            if mine is not None:
+                raise StageError(
+                    f"rank {members.rank} of {members.size}: {text} holds gradients back from "
+                    f"the other ranks, that of {self.name_of(mine)} among them. To accumulate, "
+                    f"{cure}; unscale, clip and step after it, once."
+                )
 
     def require_in_use(self, params: Sequence[Tensor]) -> None:
         """Optimizers must hold the attached parameters, not ones that wrapping has replaced.

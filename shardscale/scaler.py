@@ -208,7 +208,8 @@ class ShardedGradScaler(TorchNames, torch.amp.GradScaler):  # type: ignore[overr
             optimizers: One optimizer or a sequence of them, possibly empty.
 
         Raises:
-            StageError: one of them is unscaled already, or has stepped.
+            StageError: one of them is unscaled already, or has stepped; or an attached model still
+                holds gradients of theirs back (``no_sync``).
             LayoutError: a gradient cannot be judged; names the parameter.
             DisagreementError: the ranks do not make the same call in the same state; raised here
                 with ``sync``, else by ``step`` or the next ``update``.
@@ -242,7 +243,8 @@ class ShardedGradScaler(TorchNames, torch.amp.GradScaler):  # type: ignore[overr
 
         Raises:
             ConfigError: ``max_norm`` is negative or NaN.
-            StageError: one of the optimizers has stepped, or only some are unscaled.
+            StageError: one of the optimizers has stepped, or only some are unscaled; or an attached
+                model still holds gradients of theirs back (``no_sync``).
             LayoutError: it is not known which ranks hold copies of a gradient; see ``attach``.
             DisagreementError: as for ``unscale_``.
             MissingRankError: a rank did not come.
@@ -278,7 +280,8 @@ class ShardedGradScaler(TorchNames, torch.amp.GradScaler):  # type: ignore[overr
         Raises:
             RuntimeError: a closure was passed.
             StageError: an optimizer has stepped since the last update, only some of a sequence have
-                a verdict, or an optimizer of the older kind never asked for one.
+                a verdict, an optimizer of the older kind never asked for one, or an attached model
+                still holds gradients of theirs back (``no_sync``).
             DisagreementError: the ranks do not make the same call in the same state.
             LayoutError: a gradient cannot be judged; names the parameter.
             MissingRankError: a rank did not come.

@@ -23,6 +23,8 @@ _SKIP = "tests/ranks/test_skip_together.py"
 _TORCH = "tests/ranks/test_torch_defects.py"
 _STATE = "tests/unit/test_round_trip.py"
 _JOIN = "tests/ranks/test_join_then_raise.py"
+_WITHHELD = "tests/ranks/test_withheld.py"
+_TOO_EARLY = f"{_WITHHELD}::test_a_call_before_the_last_micro_batch_is_an_error_on_every_rank"
 _CLIP = "tests/ranks/test_clipping.py"
 _LAYOUT = "tests/ranks/test_every_layout.py"
 _NORM = f"{_LAYOUT}::test_the_norm_is_that_of_one_process_holding_the_whole_model"
@@ -503,5 +505,63 @@ MUTANTS = [
         "written += batch if is_complete else [key for key in batch if self._store.check([key])]",
         "written += batch if is_complete else []",
         (f"{_COMM}::test_a_store_keeps_what_many_ranks_tell_alike_only_once",),
+    ),
+    Mutant(
+        "gradients that are held back are judged",
+        "shardscale/examine.py",
+        "        self._layouts.require_synced(params, self._members)\n",
+        "",
+        (
+            _TOO_EARLY,
+            f"{_WITHHELD}::test_where_some_ranks_hold_back_all_raise_and_nothing_moves[step]",
+        ),
+    ),
+    Mutant(
+        "a model that is held back keeps another one from stepping",
+        "shardscale/layouts.py",
+        "next((param for param in held if id(param) in asked), None)",
+        "next((param for param in held if asked), None)",
+        (f"{_WITHHELD}::test_a_model_may_be_held_back_while_another_one_steps",),
+    ),
+    Mutant(
+        "the flag of DDP is believed whatever its forward did",
+        "shardscale/withheld.py",
+        "    if model.require_backward_grad_sync or model.require_forward_param_sync:\n",
+        "    if model.require_backward_grad_sync:\n",
+        (
+            f"{_WITHHELD}::test_gradients_that_have_met_may_be_stepped_whatever_the_flag_says"
+            "[step_within_no_sync_after_a_synchronised_backward]",
+        ),
+    ),
+    Mutant(
+        "FSDP1 is seen to hold back only while its flag is off",
+        "shardscale/withheld.py",
+        "    if flat.grad.shape == flat.shape if is_sharded else unit._sync_gradients:\n",
+        "    if unit._sync_gradients:\n",
+        (_TOO_EARLY,),
+    ),
+    Mutant(
+        "FSDP2 is seen to hold back only while its flag is off",
+        "shardscale/withheld.py",
+        "                if not _is_pending(param):\n",
+        "                if True:\n",
+        (_TOO_EARLY,),
+    ),
+    Mutant(
+        "the flag of FSDP2 is believed though nothing waits",
+        "shardscale/withheld.py",
+        "for param in trained if is_partial or _is_pending(param)]",
+        "for param in trained]",
+        (
+            f"{_WITHHELD}::test_gradients_that_have_met_may_be_stepped_whatever_the_flag_says"
+            "[turn_the_flag_off_early]",
+        ),
+    ),
+    Mutant(
+        "replicas of HSDP that have not met go unnoticed",
+        "shardscale/withheld.py",
+        "    if group.reduce_grads and group._partial_reduce_output is None:\n",
+        "    if group.reduce_grads:\n",
+        (f"{_WITHHELD}::test_gradients_that_have_not_met_the_other_replicas_are_an_error",),
     ),
 ]

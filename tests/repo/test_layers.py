@@ -24,6 +24,7 @@ FLOORS = {
     "comm": 1,
     "holders": 1,
     "owners": 1,
+    "withheld": 1,
     "metrics": 1,
     "arguments": 2,
     "backward": 2,
