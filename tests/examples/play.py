@@ -7,6 +7,7 @@ import contextlib
 import importlib
 import io
 import re
+from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,7 +34,8 @@ SIZES = {name: _sizes(name) for name in NAMES}
 """On how many ranks an example says that it runs."""
 
 _STEP = re.compile(r"step (\d+): loss (\S+), norm (\S+), (stepped|skipped)")
-_RANKS = "steps taken and scale, rank by rank: "
+# Where more than one thing is trained, each of the others has such a line that begins with a name.
+_RANKS = re.compile(r"(?:(\w+): )?steps taken and scale, rank by rank: (.*)")
 
 
 class Printed(NamedTuple):
@@ -45,8 +47,12 @@ class Printed(NamedTuple):
     """"stepped" or "skipped"."""
     ranks: list[tuple[int, float]]
     """Of each rank, how many steps it has really taken, and its scale."""
+    others: dict[str, list[tuple[int, float]]]
+    """The same of what else is trained, by its name."""
     table: str
     """What `describe()` gave."""
+    text: str
+    """All but the table, as it was printed."""
 
 
 def play(pool: RankPool, name: str, size: int) -> Printed:
@@ -62,15 +68,20 @@ def play(pool: RankPool, name: str, size: int) -> Printed:
 def read(output: str) -> Printed:
     """Take an example's output apart; a line that is none of the expected is an error."""
     lines = output.splitlines()
-    end = next(i for i, line in enumerate(lines) if line.startswith(_RANKS))
+    end = next(i for i, line in enumerate(lines) if _RANKS.fullmatch(line))
     steps = [_STEP.fullmatch(line) for line in lines[:end]]
     assert all(steps) and [int(step[1]) for step in steps] == list(range(end)), output
+    found = list(takewhile(bool, map(_RANKS.fullmatch, lines[end:])))
+    ranks = {line[1]: ast.literal_eval(line[2]) for line in found}
+    table = end + len(found)
     return Printed(
         [float(step[2]) for step in steps],
         [float(step[3]) for step in steps],
         [step[4] for step in steps],
-        ast.literal_eval(lines[end].removeprefix(_RANKS)),
-        "\n".join(lines[end + 1 :]),
+        ranks.pop(None),
+        ranks,
+        "\n".join(lines[table:]),
+        "\n".join(lines[:table]),
     )
 
 

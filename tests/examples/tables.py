@@ -1,4 +1,4 @@
-"""Put what `describe()` prints in each example into the page on groups and norms.
+"""Put what the examples print into the pages that show it: tables of layouts, outputs of patterns.
 
 python -m tests.examples.tables
 """
@@ -13,34 +13,59 @@ from pathlib import Path
 from tests.examples.play import NAMES, play
 from tests.ranks.pool import RankPool
 
-__all__ = ["PAGE", "RANKS", "names_in", "with_tables"]
+__all__ = ["LAYOUTS", "PATTERNS", "RANKS", "excerpts", "outputs", "shown", "with_blocks"]
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "which-group-which-norm.md"
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+LAYOUTS = DOCS / "which-group-which-norm.md"
+PATTERNS = DOCS / "patterns.md"
 RANKS = 4
 
-# A comment names the example; the block below it is the table of its rank 0.
-_PLACE = re.compile(r"(<!-- table: (\w+) -->\n```text\n).*?(^```$)", re.MULTILINE | re.DOTALL)
+# A comment names the example; the block below it is its rank 0's table, or all that it printed
+# before that, or lines of its program.
+_BLOCK = re.compile(
+    r"(<!-- (table|output|lines): (\w+) -->\n```[^\n]+\n)(.*?)(^```)$", re.MULTILINE | re.DOTALL
+)
 
 
-def names_in(page: str) -> list[str]:
-    """The examples whose tables a page shows."""
-    return [match[2] for match in _PLACE.finditer(page)]
+def shown(page: str, kind: str) -> list[tuple[str, str]]:
+    """Name and text of each block of a kind."""
+    return [
+        (match[3], match[4].rstrip("\n")) for match in _BLOCK.finditer(page) if match[2] == kind
+    ]
 
 
-def with_tables(page: str, tables: Mapping[str, str]) -> str:
-    """The page with these tables in their places."""
-    return _PLACE.sub(lambda match: f"{match[1]}{tables[match[2]]}\n{match[3]}", page)
+def outputs(page: str) -> dict[str, str]:
+    """What a page says that each example prints."""
+    return dict(shown(page, "output"))
+
+
+def excerpts(page: str) -> list[tuple[str, str]]:
+    """The lines of examples that a page shows, each with the example's name."""
+    return shown(page, "lines")
+
+
+def with_blocks(page: str, kind: str, texts: Mapping[str, str]) -> str:
+    """The page with these texts in the blocks of a kind."""
+
+    def new(match: re.Match[str]) -> str:
+        text = f"{texts[match[3]]}\n" if match[2] == kind else match[4]
+        return f"{match[1]}{text}{match[5]}"
+
+    return _BLOCK.sub(new, page)
 
 
 def main() -> None:
-    """Run every example and rewrite the page."""
+    """Run every example and rewrite the pages."""
     with tempfile.TemporaryDirectory() as folder:
         pool = RankPool(Path(folder))
         try:
-            tables = {name: play(pool, name, RANKS).table for name in NAMES}
+            printed = {name: play(pool, name, RANKS) for name in NAMES}
         finally:
             pool.close()
-    PAGE.write_text(with_tables(PAGE.read_text(), tables))
+    tables = {name: found.table for name, found in printed.items()}
+    LAYOUTS.write_text(with_blocks(LAYOUTS.read_text(), "table", tables))
+    texts = {name: found.text for name, found in printed.items()}
+    PATTERNS.write_text(with_blocks(PATTERNS.read_text(), "output", texts))
 
 
 if __name__ == "__main__":

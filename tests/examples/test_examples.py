@@ -6,16 +6,24 @@ import math
 import os
 import subprocess
 import sys
+import textwrap
 from collections.abc import Callable
 
 import pytest
 import torch
 
 from tests.examples.play import EXAMPLES, NAMES, SIZES, Printed, play, read, refusals
-from tests.examples.tables import PAGE, RANKS, names_in, with_tables
+from tests.examples.tables import LAYOUTS, PATTERNS, RANKS, excerpts, outputs, shown, with_blocks
 
 ROOT = EXAMPLES.parent
 SKIPS_THE_THIRD = ["stepped", "stepped", "skipped", "stepped", "stepped"]
+OTHERS = {
+    "gan": {"critic": (10, 2.0**15)},
+    "actor_critic": {"critic": (5, 2.0**15)},
+    "frozen_phases": {"backbone": (2, 2.0**15)},
+    "two_scalers": {"student": (5, 2.0**16)},
+}
+"""Steps taken by what does not overflow, or is not trained from the start, and its scale."""
 ROUNDING = 1e-3
 """Relative: float16 carries eleven bits, and a rounding of 2^-12 in each of many terms averages
 out. The smallest parameter that could be counted twice unnoticed is 0.2 % of the squared norm."""
@@ -42,6 +50,8 @@ def test_every_rank_takes_four_steps_and_skips_one(printed, name, size):
     assert found.ranks == [(4, 2.0**15)] * size
     assert not math.isfinite(found.norms[2])
     assert found.losses[-1] < found.losses[0]
+    others = {other: [end] * size for other, end in OTHERS.get(name, {}).items()}
+    assert found.others == others
 
 
 @pytest.mark.parametrize("size", [2, RANKS])
@@ -76,11 +86,34 @@ def test_an_example_is_short_and_says_where_it_runs(name):
     assert SIZES[name] in ("1, 2 or 4", "1, 2, 4 or 8", "1 to 8")
 
 
-def test_the_page_shows_the_table_of_each_example(printed):
+def test_a_page_shows_each_example():
+    layouts = [name for name, _ in shown(LAYOUTS.read_text(), "table")]
+    assert sorted([*layouts, *outputs(PATTERNS.read_text())]) == NAMES
+
+
+def test_the_page_of_layouts_shows_their_tables(printed):
     """After a change of `describe()`: python -m tests.examples.tables."""
-    page = PAGE.read_text()
-    assert sorted(names_in(page)) == NAMES
-    assert with_tables(page, {name: printed(name, RANKS).table for name in NAMES}) == page
+    page = LAYOUTS.read_text()
+    tables = {name: printed(name, RANKS).table for name, _ in shown(page, "table")}
+    assert with_blocks(page, "table", tables) == page
+
+
+@pytest.mark.parametrize("name", outputs(PATTERNS.read_text()))
+def test_the_page_of_patterns_shows_what_they_print(printed, name):
+    """But for float16, which is not rounded alike on all machines."""
+    on_page, found = read(outputs(PATTERNS.read_text())[name] + "\n"), printed(name, RANKS)
+    for numbers, theirs in ((found.losses, on_page.losses), (found.norms, on_page.norms)):
+        assert numbers == pytest.approx(theirs, rel=ROUNDING, nan_ok=True)
+    assert (found.outcomes, found.ranks, found.others) == on_page[2:5]
+
+
+def test_the_page_of_patterns_shows_lines_that_are_there():
+    found = excerpts(PATTERNS.read_text())
+    assert {name for name, _ in found} == set(outputs(PATTERNS.read_text()))
+    for name, lines in found:
+        program = textwrap.dedent((EXAMPLES / f"{name}.py").read_text())
+        indents = [" " * (4 * depth) for depth in range(4)]
+        assert any(textwrap.indent(lines, indent) in program for indent in indents), (name, lines)
 
 
 def torchrun(name: str, num_ranks: int) -> Printed:
