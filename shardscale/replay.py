@@ -96,7 +96,7 @@ def is_capturing(device: torch.device) -> bool:
     """Whether what is launched on the device now is recorded into a graph, and not run."""
     if device.type == "cpu":
         return False
-    asks = getattr(torch.get_device_module(device), "is_current_stream_capturing", None)
+    asks = getattr(getattr(torch, device.type, None), "is_current_stream_capturing", None)
     return asks is not None and bool(asks())
 
 
