@@ -73,7 +73,7 @@ class Judge:
         Collective: every rank of the group must call; sends 2 float64, once. Before that, the ranks
             of a mesh that has Partial gradients sum these.
         """
-        captured = self.is_captured(state)
+        captured = self._is_captured = self.is_captured(state)
         comm = self.bond.communicator()
         fault: Exception | None = question.mistake
         fault = fault or mistake_inside_backward(question.method)
@@ -218,7 +218,6 @@ class Judge:
                 "to it come outside. Capture unscale_, clip_grad_norm_, step and update together; "
                 "after a capture that failed, load a state_dict to begin anew."
             )
-        self._is_captured = captured
         return captured
 
     def counts(self) -> tuple[int, int]:

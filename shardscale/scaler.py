@@ -141,8 +141,9 @@ class ShardedGradScaler(TorchNames, torch.amp.GradScaler):  # type: ignore[overr
 
         Collective: none.
         """
+        names = {id(p): name for name, p in model.named_parameters()}
+        refuse_optimizers_in_backward(model.parameters(), lambda param: names[id(param)])
         self._judge.layouts.attach(model, copies)
-        refuse_optimizers_in_backward(model.parameters(), self._judge.layouts.name_of)
         return self
 
     def describe(self) -> str:
