@@ -122,7 +122,7 @@ class Examiner:
 
     def _require_unshared(self, optimizers: Sequence[Any]) -> None:
         """No gradient may belong to two optimizers: it would be unscaled and stepped twice."""
-        together = self._stages.of_one_backward(optimizers, self._stamps.num_begun)
+        together = self._stages.of_one_backward(optimizers, self._stamps.iteration)
         seen: set[int] = set()
         for optimizer in together if len(together) > 1 else ():
             mine = {id(p): p for p in params_of(optimizer) if p.grad is not None}

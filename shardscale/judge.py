@@ -285,7 +285,7 @@ class Judge:
         for optimizer, has_some in zip(question.optimizers, has_grads, strict=True):
             entry = self.stages.of(optimizer)
             entry.agreement, entry.call, entry.has_grads = agreement, call, has_some
-            entry.num_begun = self.stamps.num_begun
+            entry.iteration = self.stamps.iteration
             if not question.leaves_scaled(optimizer):
                 entry.is_unscaled = True
             if question.method != "step":

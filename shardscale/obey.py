@@ -110,7 +110,7 @@ class Obedience:
             f"optimizer: {type(optimizer).__name__}.step(grad_scaler=...) is the older contract. "
             "The newer one reads the optimizer's attributes grad_scale and found_inf.",
             FutureWarning,
-            stacklevel=5,
+            stacklevel=7,  # the caller of step(), beyond two frames of leave_untraced
         )
         return optimizer.step(*self._args, **self._kwargs, grad_scaler=self._scaler)
 

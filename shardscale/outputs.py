@@ -25,6 +25,8 @@ def map_tensors(fn: Callable[[Tensor], Tensor], outputs: Any) -> Any:
     """
     if isinstance(outputs, Tensor):
         return fn(outputs)
+    if type(outputs) is dict:  # as below, in words that torch.compile can trace
+        return {key: map_tensors(fn, value) for key, value in outputs.items()}
     if isinstance(outputs, Mapping):
         mapped = copy.copy(outputs) if isinstance(outputs, MutableMapping) else {}
         mapped.update({key: map_tensors(fn, value) for key, value in outputs.items()})

@@ -30,12 +30,14 @@ from shardscale.records import Agreement, ScaleState, StepReport, Verdict
 from shardscale.replay import is_capturing, refuse_capture
 from shardscale.stages import as_list
 from shardscale.torch_names import TorchNames
+from shardscale.untraced import leave_untraced
 from shardscale.verdict import joint_found_inf
 
 __all__ = ["ShardedGradScaler"]
 
 
 # Where torch has attributes ours are properties, and one optimizer may be a sequence of them.
+@leave_untraced("clip_grad_norm_", "last_report", "step", "unscale_", "update", "verdict")
 class ShardedGradScaler(TorchNames, torch.amp.GradScaler):  # type: ignore[override,misc]
     """A gradient scaler whose every rank skips or steps together.
 
@@ -199,7 +201,9 @@ class ShardedGradScaler(TorchNames, torch.amp.GradScaler):  # type: ignore[overr
 
         Collective: none.
         """
-        if self._enabled:
+        if self._enabled and torch.compiler.is_compiling():
+            self._judge.stamps.open()  # the state is placed by the first call that judges
+        elif self._enabled:
             self._judge.stamps.begin(self._place().scale)
 
     def unscale_(self, optimizers: Any) -> None:

@@ -25,7 +25,7 @@ class Entry:
     has_grads: bool = False  # on this rank
     is_unscaled: bool = False
     earlier: Agreement | None = None  # a verdict that unscaled them, closed by an update since
-    num_begun: int = 0  # how many iterations had begun when it was judged
+    iteration: object = None  # the newest that had begun when it was judged
 
     @property
     def was_judged(self) -> bool:
@@ -112,14 +112,14 @@ class Stages:
             )
         return _mixed("step") if len({e.was_judged for e in entries}) > 1 else None
 
-    def of_one_backward(self, optimizers: Sequence[Any], num_begun: int) -> list[Any]:
+    def of_one_backward(self, optimizers: Sequence[Any], iteration: object) -> list[Any]:
         """These optimizers, and before them those judged since the last ``begin``.
 
         What they hold are the gradients of one iteration.
         """
         asking = set(map(id, optimizers))
         before = [e for key, e in self.entries.items() if e.was_judged and key not in asking]
-        return [*(e.optimizer for e in before if e.num_begun == num_begun), *optimizers]
+        return [*(e.optimizer for e in before if e.iteration is iteration), *optimizers]
 
     def mark_stepped(self, optimizers: Sequence[Any]) -> None:
         """These optimizers have consumed their gradients."""

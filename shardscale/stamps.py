@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +31,16 @@ class _Unscaled(NamedTuple):
     agreement: Agreement
 
 
+@dataclass
+class Iteration:
+    """What happened since the newest ``begin``, or since the scaler was made."""
+
+    has_begun: bool
+    stamp: Tensor | None = None  # () float32: its scale, if that may have changed since
+    stepped: dict[int, Any] = field(default_factory=dict)  # by id; kept, so that no other has it
+    unscaled: dict[int, _Unscaled] = field(default_factory=dict)
+
+
 class _Kept(NamedTuple):
     """Gradients that were there, not zero, when a new iteration began."""
 
@@ -45,11 +56,8 @@ class Stamps:
     """
 
     def __init__(self) -> None:
-        self.num_begun = 0
-        self._stamp: Tensor | None = None  # of the iteration, if the scale may have changed since
-        self._stepped: dict[int, Any] = {}  # by id; kept, so that its id is not taken by another
+        self.iteration = Iteration(has_begun=False)
         self._known: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
-        self._unscaled: dict[int, _Unscaled] = {}
         self._kept: dict[int, _Kept] = {}
 
     def begin(self, newest: Tensor) -> None:
@@ -57,14 +65,16 @@ class Stamps:
 
         Sync: none on an accelerator.
         """
-        if self._stamp is not None:
+        if self.iteration.stamp is not None:
             for key, optimizer in self._known.items():
-                if key not in self._stepped:
+                if key not in self.iteration.stepped:
                     self._keep(optimizer, newest)
-        self._stepped.clear()
-        self._unscaled.clear()
-        self._stamp = None
-        self.num_begun += 1
+        self.open()
+
+    def open(self) -> None:
+        """``begin`` where the call is compiled: gradients that are left over are not looked at."""
+        # Reads nothing that differs from one iteration to the next: there is nothing to guard.
+        self.iteration = Iteration(has_begun=True)
 
     def close(self, scale: Tensor, unscaled: Iterable[tuple[Any, Agreement]]) -> None:
         """The scale is about to change.
@@ -75,31 +85,33 @@ class Stamps:
                 their verdicts.
         """
         # Whoever never begins scales by hand, with the scale that is newest then.
-        if self._stamp is None and self.num_begun:
-            self._stamp = scale.clone()
+        if self.iteration.stamp is None and self.iteration.has_begun:
+            self.iteration.stamp = scale.clone()
         for optimizer, agreement in unscaled:
-            self._unscaled[id(optimizer)] = _Unscaled(optimizer, _marks(optimizer), agreement)
+            mine = _Unscaled(optimizer, _marks(optimizer), agreement)
+            self.iteration.unscaled[id(optimizer)] = mine
 
     def mark_stepped(self, optimizers: Sequence[Any]) -> None:
         """These optimizers have consumed their gradients."""
         for key in _by_id(optimizers):
             self._kept.pop(key, None)
-            self._unscaled.pop(key, None)
-        if self.num_begun:
-            self._stepped.update(_by_id(optimizers))
+            self.iteration.unscaled.pop(key, None)
+        if self.iteration.has_begun:
+            self.iteration.stepped.update(_by_id(optimizers))
 
     def of(self, optimizers: Sequence[Any], newest: Tensor) -> Tensor:
         """The scale, () float32, that these optimizers' gradients were made with."""
-        if self._stamp is None or self._stepped.keys() >= _by_id(optimizers).keys():
+        stamp = self.iteration.stamp
+        if stamp is None or self.iteration.stepped.keys() >= _by_id(optimizers).keys():
             return newest
-        return self._stamp
+        return stamp
 
     def verdict_that_unscaled(self, optimizer: Any) -> Agreement | None:
         """The verdict with which gradients were unscaled before an update, if they still are.
 
         Whatever has been written to since then holds something else.
         """
-        found = self._unscaled.get(id(optimizer))
+        found = self.iteration.unscaled.get(id(optimizer))
         return found.agreement if found and found.marks == _marks(optimizer) else None
 
     def made_before(self, optimizer: Any) -> Tensor | None:
@@ -120,15 +132,16 @@ class Stamps:
         if not marks:
             self._kept.pop(id(optimizer), None)
             return
-        assert self._stamp is not None
-        before = self._stamp
+        stamp = self.iteration.stamp
+        assert stamp is not None
+        before = stamp
         if self.verdict_that_unscaled(optimizer) is not None:
             before = torch.ones_like(newest)
         if newest.is_cpu and before.item() == newest.item() and id(optimizer) not in self._kept:
             return  # on the host it costs nothing to know
         earlier = self._kept.get(id(optimizer))
         if earlier and _any_left(earlier, optimizer):
-            before = torch.where(earlier.made_with == self._stamp, before, earlier.made_with)
+            before = torch.where(earlier.made_with == stamp, before, earlier.made_with)
         # Gradients that were set to zero in place are there, but carry nothing.
         made_with = torch.where(_any_nonzero(optimizer, newest), before, newest)
         self._kept[id(optimizer)] = _Kept(marks, made_with)

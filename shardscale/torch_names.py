@@ -20,10 +20,12 @@ from shardscale.judge import Judge
 from shardscale.policy import ScalePolicy
 from shardscale.records import ScaleState
 from shardscale.shards import local_shards
+from shardscale.untraced import leave_untraced
 
 __all__ = ["TorchNames"]
 
 
+@leave_untraced("_check_inf_per_device", "_unscale_grads_")
 class TorchNames:
     """Mixed into the scaler; holds nothing of its own."""
 

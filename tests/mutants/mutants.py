@@ -40,6 +40,7 @@ _POLICY = "tests/unit/test_policy.py"
 _COMM = "tests/unit/test_comm.py"
 _MANY = "tests/ranks/test_very_many_ranks.py::test_every_rank_reads_the_one_right_verdict"
 _SUMS = "tests/unit/test_message_arithmetic.py"
+_COMPILE = "tests/compile/test_one_process.py"
 
 MUTANTS = [
     Mutant(
@@ -238,8 +239,8 @@ MUTANTS = [
     Mutant(
         "a gradient of two optimizers goes unnoticed where they are judged one by one",
         "shardscale/stages.py",
-        "if e.num_begun == num_begun), *optimizers]",
-        "if e.num_begun < num_begun), *optimizers]",
+        "if e.iteration is iteration), *optimizers]",
+        "if e.iteration is not iteration), *optimizers]",
         (
             "tests/conformance/test_unscale.py::test_a_gradient_of_two_optimizers_is_refused"
             "[False-unscale_]",
@@ -297,8 +298,8 @@ MUTANTS = [
     Mutant(
         "who never begins is unscaled by the first scale",
         "shardscale/stamps.py",
-        "if self._stamp is None and self.num_begun:",
-        "if self._stamp is None:",
+        "if self.iteration.stamp is None and self.iteration.has_begun:",
+        "if self.iteration.stamp is None:",
         (f"{_STAMPS}::test_who_never_begins_is_unscaled_by_the_newest_scale",),
     ),
     Mutant(
@@ -375,6 +376,47 @@ MUTANTS = [
         "        fault = fault or mistake_inside_backward(question.method)\n",
         "",
         (f"{_ORDER}::test_a_step_inside_backward_is_refused_with_the_reason",),
+    ),
+    Mutant(
+        "the compiler traces the bookkeeping",
+        "shardscale/untraced.py",
+        "setattr(marked, name, _disable_dynamo(getattr(marked, name)))",
+        "setattr(marked, name, getattr(marked, name))",
+        (
+            f"{_COMPILE}::test_a_step_breaks_less_often_than_with_torchs_scaler_and_is_compiled_once"
+            "[step-loop SGD]",
+        ),
+    ),
+    Mutant(
+        "a compiled scale is a constant of its graph",
+        "shardscale/outputs.py",
+        "    return _wide(output) * scale.to(output.device, non_blocking=not output.is_cpu)\n",
+        """\
+    if torch.compiler.is_compiling():
+        return _wide(output) * 16.0
+    return _wide(output) * scale.to(output.device, non_blocking=not output.is_cpu)
+""",
+        (f"{_COMPILE}::test_forward_loss_and_scale_are_one_graph_that_reads_the_scale",),
+    ),
+    Mutant(
+        "a compiled scale begins no iteration",
+        "shardscale/scaler.py",
+        "            self._judge.stamps.open()  #",
+        "            pass  #",
+        (f"{_COMPILE}::test_gradients_of_a_compiled_scale_keep_its_stamp_across_an_update",),
+    ),
+    Mutant(
+        "a compiled iteration is numbered",
+        "shardscale/stamps.py",
+        "        self.iteration = Iteration(has_begun=True)\n",
+        """\
+        self.iteration = Iteration(has_begun=True)
+        self.num = getattr(self, "num", 0) + 1
+""",
+        (
+            f"{_COMPILE}::test_a_step_breaks_less_often_than_with_torchs_scaler_and_is_compiled_once"
+            "[step-loop SGD]",
+        ),
     ),
     Mutant(
         "every rank counts what it holds",

@@ -25,6 +25,7 @@ FLOORS = {
     "holders": 1,
     "owners": 1,
     "withheld": 1,
+    "untraced": 1,
     "metrics": 1,
     "arguments": 2,
     "backward": 2,
