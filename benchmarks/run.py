@@ -1,6 +1,6 @@
 """Measure shardscale beside torch's own scalers and record the result.
 
-    python benchmarks/run.py [--quick] [--only collectives many_shards] [--to FOLDER]
+    python benchmarks/run.py [--quick] [--only collectives many_shards] [--to FOLDER] [--theme NAME]
 
 Every number of ours stands beside torch's from the same run, taken in turns. Without ``--quick``
 the result goes to ``benchmarks/results``; ``--quick`` shows that the benchmarks run, and records
@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import collectives
+import compiled
 import growth
 import host_reads
 import large
@@ -30,6 +31,7 @@ from side_by_side import Row
 GROUPS: dict[str, tuple[str, Callable[[int], list[Row]], int, int]] = {
     "collectives": ("Collectives per call", lambda _: collectives.rows(), 0, 0),
     "host_reads": ("Host reads per iteration", lambda _: host_reads.rows(), 0, 0),
+    "compiled": ("A training step compiled", lambda _: compiled.rows(), 0, 0),
     "memory": ("Memory", lambda _: memory.rows(), 0, 0),
     "many_shards": ("Many shards, two ranks", many_shards.rows, 300, 20),
     "one_process": ("One process", one_process.rows, 500, 30),
@@ -45,6 +47,9 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="few rounds, nothing recorded")
     parser.add_argument("--only", nargs="+", choices=GROUPS, default=list(GROUPS))
     parser.add_argument("--to", type=Path, help="the folder to record in")
+    parser.add_argument(
+        "--theme", default="versus-torch", help="the beginning of the result's name"
+    )
     chosen = parser.parse_args()
 
     groups = {}
@@ -61,7 +66,7 @@ def main() -> None:
             name: GROUPS[name][3 if chosen.quick else 2] for name in chosen.only if GROUPS[name][2]
         }
         env = record.environment(record.cpu_name(), threads=1, backend="gloo", rounds=rounds)
-        print(f"\nrecorded in {record.keep('versus-torch', env, groups, folder)}")
+        print(f"\nrecorded in {record.keep(chosen.theme, env, groups, folder)}")
 
 
 if __name__ == "__main__":
