@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 from torch import Tensor
 
+from shardscale.caller import warn_caller
 from shardscale.errors import ConfigError
 
 __all__ = ["as_max_norm", "as_number", "is_usable", "require_device_type"]
@@ -16,10 +15,9 @@ def is_usable(device: str) -> bool:
     """Whether a scaler for ``device`` can be enabled; warns as torch does if it cannot."""
     if device != "cuda" or not torch.cuda.amp.common.amp_definitely_not_available():
         return True
-    warnings.warn(
+    warn_caller(
         "torch.cuda.amp.GradScaler is enabled, but CUDA is not available.  Disabling. "
         'A disabled scaler neither scales nor agrees. For training on the CPU pass device="cpu".',
-        stacklevel=3,
     )
     return False
 

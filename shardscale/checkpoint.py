@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import warnings
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 
+from shardscale.caller import warn_caller
 from shardscale.errors import ConfigError, StateError
 from shardscale.policy import DynamicScale, ScalePolicy
 from shardscale.policy.base import as_float32
@@ -134,10 +134,9 @@ def _clamped(scale: float, policy: ScalePolicy) -> float:
     scale = as_float32(scale)
     inside = min(max(scale, low), high)
     if inside != scale:
-        warnings.warn(
+        warn_caller(
             f"the state dict holds the scale {scale:g}, which lies outside the policy's range "
             f"[{low:g}, {high:g}]; {inside:g} is taken instead.",
-            stacklevel=4,
         )
     return float(inside)
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from shardscale.caller import warn_caller
 from shardscale.records import Agreement, Call, ScaleState, StepReport
 
 __all__ = ["Flags", "Ledger", "Unread", "summary"]
@@ -192,24 +192,21 @@ class Ledger:
         at_floor = floor is not None and report.skipped and report.next_scale <= floor
         self._num_skips_at_floor = self._num_skips_at_floor + 1 if at_floor else 0
         if self._num_skips_at_floor == 2:
-            warnings.warn(
+            warn_caller(
                 f"steps are skipped although the scale is at its floor, {floor:g}: scaling is not "
                 "the cause. Look for Inf or NaN in the data, the loss or the learning rate.",
-                stacklevel=4,
             )
-
 
     def _warn_of_two_scales(self, name: str, made_with: float, unscaled_by: float) -> None:
         if made_with == unscaled_by or name in self._warned_of:
             return
         self._warned_of.add(name)
-        warnings.warn(
+        warn_caller(
             f"gradients of {name} were added up over two scales, {made_with:g} and "
             f"{unscaled_by:g}, because update() changed the scale while they had not been stepped "
             f"yet. All of them are divided by {unscaled_by:g}, so the older part counts "
             f"{made_with / unscaled_by:g} times. Step or zero them before update(), or give that "
             "optimizer a scaler of its own.",
-            stacklevel=4,
         )
 
 

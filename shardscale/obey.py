@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
+from shardscale.caller import warn_caller
 from shardscale.errors import StageError, StateError
 from shardscale.examine import Question
 from shardscale.fused import is_fused, leaves_scaled, step_fused, takes_grad_scaler
@@ -105,12 +105,11 @@ class Obedience:
         return returned
 
     def _pass_scaler(self, optimizer: Any) -> Any:
-        warnings.warn(
+        warn_caller(
             "GradScaler is going to stop passing itself as a keyword argument to the passed "
             f"optimizer: {type(optimizer).__name__}.step(grad_scaler=...) is the older contract. "
             "The newer one reads the optimizer's attributes grad_scale and found_inf.",
             FutureWarning,
-            stacklevel=7,  # the caller of step(), beyond two frames of leave_untraced
         )
         return optimizer.step(*self._args, **self._kwargs, grad_scaler=self._scaler)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 import weakref
 from datetime import timedelta
 
@@ -13,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import _get_process_group_store
 
+from shardscale.caller import warn_caller
 from shardscale.comm.roll_call import RollCall
 from shardscale.errors import MissingRankError
 
@@ -160,12 +160,11 @@ def _warn_of_a_long_ring(size: int, transport: str) -> None:
     if transport != "gloo":
         return
     num_steps = 2 * (size - 1)
-    warnings.warn(
+    warn_caller(
         f"the agreeing group has {size} ranks and agrees over Gloo, which passes each verdict "
         f"round a ring of them on the host: {num_steps} steps, {num_steps * _GLOO_STEP_S:.2g} s or "
         "more. Give the group a transport that sums in a tree: on GPUs NCCL, as by "
         'init_process_group("cpu:gloo,cuda:nccl"); on CPUs one of your own, passed as comm=.',
-        stacklevel=2,
     )
 
 

@@ -18,6 +18,7 @@ LIBRARY = ROOT / "shardscale"
 # Unit (a module or a subpackage of shardscale) -> floor.
 FLOORS = {
     "records": 0,
+    "caller": 0,
     "errors": 0,
     "policy": 1,
     "kernels": 1,
