@@ -221,9 +221,8 @@ def summary(agreements: Sequence[tuple[Agreement, Call]]) -> tuple[Tensor, Tenso
 
 
 def _snapshot(call: Call) -> Call:
-    state = ScaleState(*(t.clone() for t in call.state))
+    state = ScaleState(*map(Tensor.clone, call.state))
+    stamp = state.scale if call.stamp is call.state.scale else call.stamp.clone()
     max_norm = call.max_norm.clone() if isinstance(call.max_norm, Tensor) else call.max_norm
     replayed = None if call.num_replayed is None else call.num_replayed.clone()
-    return call._replace(
-        state=state, stamp=call.stamp.clone(), max_norm=max_norm, num_replayed=replayed
-    )
+    return call._replace(state=state, stamp=stamp, max_norm=max_norm, num_replayed=replayed)
