@@ -49,7 +49,7 @@ class Judge:
         """Begin with no history: a state that all ranks share was just loaded."""
         self.num_updates = 0
         self.stages = Stages()
-        self.stamps = Stamps()
+        self.stamps = Stamps(self.layouts.params)
         self.ledger = Ledger()
         self._previous: Agreement | None = None
         self._dispute = Dispute()

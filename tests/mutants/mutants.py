@@ -322,7 +322,7 @@ MUTANTS = [
     Mutant(
         "gradients that were touched are taken for unscaled ones",
         "shardscale/stamps.py",
-        "if found and found.marks == _marks(optimizer) else None",
+        "if found and found.marks == _marks(_params(optimizer)) else None",
         "if found else None",
         (
             f"{_STAMPS}::test_gradients_touched_since_then_are_scaled_ones[replace]",
@@ -332,7 +332,7 @@ MUTANTS = [
     Mutant(
         "gradients set to zero in place are taken for old ones",
         "shardscale/stamps.py",
-        "torch.where(_any_nonzero(optimizer, newest), before, newest)",
+        "torch.where(_any_nonzero(params, newest), before, newest)",
         "before",
         (f"{_STAMPS}::test_gradients_that_were_zeroed_carry_no_scale[False-False]",),
     ),

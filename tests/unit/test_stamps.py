@@ -224,6 +224,29 @@ def test_gradients_added_up_over_two_scales_are_told_once_and_named(scale, next_
     assert f"counts {scale / next_scale:g} times" in message
 
 
+@pytest.mark.parametrize("order", ["seen before", "first seen"])
+def test_gradients_of_an_attached_model_are_told_of_in_the_first_window(order):
+    """Before its optimizer was ever passed to the scaler, the model is all there is to know."""
+    model = torch.nn.Linear(3, 2)
+    scaler = ShardedGradScaler("cpu", init_scale=4.0, model=model)
+    one, other = sgd(), torch.optim.SGD(model.parameters(), lr=1.0)
+    if order == "seen before":
+        scaler.scale(model(torch.ones(3)).sum()).backward()
+        scaler.step(other)
+        scaler.update()
+        other.zero_grad()
+    for _ in range(2):
+        scaler.scale(param_of(one).sum() + model(torch.ones(3)).sum()).backward()
+        scaler.step(one)
+        scaler.update(8.0)
+    scaler.unscale_(other)
+    scaler.update()
+    with pytest.warns(
+        UserWarning, match=r"SGD \(of weight\) were added up over two scales, 4 and 8"
+    ):
+        scaler.update(8.0)
+
+
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("set_to_none", [False, True])
 def test_gradients_that_were_zeroed_carry_no_scale(set_to_none, fused):
