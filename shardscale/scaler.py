@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping
@@ -20,6 +19,7 @@ from shardscale.checkpoint import from_state_dict, to_state_dict
 from shardscale.comm import Bond, Communicator
 from shardscale.errors import ConfigError, StageError, StateError
 from shardscale.examine import Question
+from shardscale.factors import Factors
 from shardscale.judge import Judge
 from shardscale.kernels import NAME as KERNEL
 from shardscale.layouts import Copies
@@ -38,7 +38,7 @@ __all__ = ["ShardedGradScaler"]
 
 # Where torch has attributes ours are properties, and one optimizer may be a sequence of them.
 @leave_untraced("clip_grad_norm_", "last_report", "step", "unscale_", "update", "verdict")
-class ShardedGradScaler(TorchNames, torch.amp.GradScaler):  # type: ignore[override,misc]
+class ShardedGradScaler(TorchNames, Factors, torch.amp.GradScaler):  # type: ignore[override,misc]
     """A gradient scaler whose every rank skips or steps together.
 
     Takes the place of ``torch.amp.GradScaler`` and of torch's ``ShardedGradScaler``. Whatever the
@@ -420,42 +420,6 @@ class ShardedGradScaler(TorchNames, torch.amp.GradScaler):  # type: ignore[overr
         """
         return float(self._state.scale.item())
 
-    def get_growth_factor(self) -> float:
-        """What the scale grows by; 1.0 where the policy has no growth."""
-        return float(getattr(self._policy, "growth_factor", 1.0))
-
-    def set_growth_factor(self, new_factor: float) -> None:
-        """Change it, on all ranks alike.
-
-        Raises:
-            ConfigError: out of range, or the policy has no such number.
-        """
-        self._change_policy(growth_factor=new_factor)
-
-    def get_backoff_factor(self) -> float:
-        """What the scale is reduced by; 1.0 where the policy has no backoff."""
-        return float(getattr(self._policy, "backoff_factor", 1.0))
-
-    def set_backoff_factor(self, new_factor: float) -> None:
-        """Change it, on all ranks alike.
-
-        Raises:
-            ConfigError: out of range, or the policy has no such number.
-        """
-        self._change_policy(backoff_factor=new_factor)
-
-    def get_growth_interval(self) -> int:
-        """Good steps in a row before the scale grows; 2^31 - 1 where the policy has no growth."""
-        return int(getattr(self._policy, "growth_interval", 2**31 - 1))
-
-    def set_growth_interval(self, new_interval: int) -> None:
-        """Change it, on all ranks alike.
-
-        Raises:
-            ConfigError: out of range, or the policy has no such number.
-        """
-        self._change_policy(growth_interval=new_interval)
-
     def is_enabled(self) -> bool:
         """Whether anything is scaled."""
         return self._enabled
@@ -519,14 +483,6 @@ class ShardedGradScaler(TorchNames, torch.amp.GradScaler):  # type: ignore[overr
                 "No inf checks were recorded prior to update. "
                 "Call step() with every optimizer of the iteration first."
             )
-
-    def _change_policy(self, **changes: Any) -> None:
-        name = next(iter(changes))
-        if not hasattr(self._policy, name):
-            raise ConfigError(
-                f"{name} cannot be set: policy {type(self._policy).__name__} has no such number."
-            )
-        self._policy = dataclasses.replace(self._policy, **changes)  # type: ignore[type-var]
 
 
 _OWN_ATTRIBUTES = {"_device", "_enabled", "_policy", "_state", "_is_placed", "_judge"}

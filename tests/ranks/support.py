@@ -27,10 +27,13 @@ FILES = {
     "test_context_parallel.py": "Context parallelism",
     "test_mixed_models.py": "Several layouts in one model",
     "test_partial_training.py": "Frozen parameters and ranks without gradients",
+    "test_accumulation.py": "Accumulation over micro-batches",
+    "test_real_loops.py": "Loops in the shapes of well-known trainers",
     "test_devices.py": "Devices",
     "test_torch_clips.py": "torch's own clipping",
     "test_extremes.py": "Extreme gradients",
     "test_bad_layouts.py": "What is refused",
+    "test_withheld.py": "Gradients that no_sync holds back",
 }
 _ID = re.compile(r"`(tests/ranks/\S+?::[^`]+)`")
 _HEAD = """\

@@ -40,6 +40,7 @@ FLOORS = {
     "stamps": 2,
     "verdict": 2,
     "drift": 2,
+    "factors": 2,
     "ledger": 2,
     "diagnose": 2,
     "checkpoint": 2,
