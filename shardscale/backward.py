@@ -12,9 +12,16 @@ from shardscale.errors import StageError
 __all__ = ["mistake_inside_backward", "refuse_optimizers_in_backward"]
 
 
-def mistake_inside_backward(method: str) -> StageError | None:
-    """Why a method that asks for a verdict cannot be called now, or None outside of backward."""
-    if torch._C._current_graph_task_id() < 0:
+def mistake_inside_backward(method: str, begun_in: int) -> StageError | None:
+    """Why a method that asks for a verdict cannot be called now, or None.
+
+    Args:
+        method: Its name.
+        begun_in: Inside which backward pass the iteration began, -1 for none. A training that runs
+            inside a backward pass as a whole is as good as any.
+    """
+    task = torch._C._current_graph_task_id()
+    if task < 0 or task == begun_in:
         return None
     return StageError(
         f"{method}() was called inside backward(), by a hook. The other gradients of this loss are "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -62,7 +62,6 @@ class Examiner:
 
         Collective: the ranks of a mesh that has Partial gradients sum these.
         """
-        self._recall(optimizers)
         params = list(chain.from_iterable(map(params_of, optimizers)))
         sharded: list[DTensor] = []
         if DTensor in set(map(type, params)):
@@ -92,12 +91,18 @@ class Examiner:
         grads: list[list[Tensor]] = []
         for optimizer in question.optimizers:
             entry = self._stages.of(optimizer)
+            earlier = None if entry.was_judged else self._stamps.unscaled_before(optimizer)
+            since = earlier.made_since(params_of(optimizer)) if earlier else ()
             shards = local_shards(optimizer, self._layouts.name_of, squares is not None)
             if not shards.grads:  # they may be gone already
                 refuse_optimizers_in_backward(params_of(optimizer), self._layouts.name_of)
             grads.append(shards.grads)
             inv_scale = torch.ones_like(state.scale)
-            if not entry.is_unscaled:
+            if earlier is not None:
+                self._unscale_made_since_(shards, since, optimizer, state, found_inf)
+                found_inf = torch.maximum(found_inf, earlier.agreement.found_inf)
+                entry.is_unscaled = True
+            elif not entry.is_unscaled:
                 inv_scale = kernels.inverse_scale(self._stamps.of([optimizer], state.scale))
             if squares is not None:
                 owned, copies = self._split(shards)
@@ -107,22 +112,30 @@ class Examiner:
                 kernels.check_(shards.grads, inv_scale, found_inf)
             else:
                 kernels.unscale_(shards.grads, inv_scale, found_inf)
-            before = entry.agreement or entry.earlier
-            if before is not None:
-                found_inf = torch.maximum(found_inf, before.found_inf)
+            if entry.agreement is not None:
+                found_inf = torch.maximum(found_inf, entry.agreement.found_inf)
         return ShardStats(found_inf, squares), grads
 
-    def _recall(self, optimizers: Sequence[Any]) -> None:
-        """Gradients that were unscaled before an update, and not touched since, still are."""
-        for optimizer in optimizers:
-            entry = self._stages.of(optimizer)
-            earlier = self._stamps.verdict_that_unscaled(optimizer)
-            if earlier is not None and not entry.was_judged:
-                entry.is_unscaled, entry.earlier = True, earlier
+    def _unscale_made_since_(
+        self,
+        shards: LocalShards,
+        since: Container[int],
+        optimizer: Any,
+        state: ScaleState,
+        found_inf: Tensor,
+    ) -> None:
+        """Unscale what an optimizer, unscaled before an update, has got besides."""
+        grads = [g for p, g in zip(*shards, strict=True) if id(p) in since]
+        if grads:
+            inv_scale = kernels.inverse_scale(self._stamps.of([optimizer], state.scale))
+            kernels.unscale_(grads, inv_scale, found_inf)
 
     def _require_unshared(self, optimizers: Sequence[Any]) -> None:
         """No gradient may belong to two optimizers: it would be unscaled and stepped twice."""
-        together = self._stages.of_one_backward(optimizers, self._stamps.iteration)
+        iteration = self._stamps.iteration
+        together = self._stages.of_one_backward(optimizers, iteration)
+        known = set(map(id, together))
+        together = [*(one for one in iteration.stepped if id(one) not in known), *together]
         seen: set[int] = set()
         for optimizer in together if len(together) > 1 else ():
             mine = {id(p): p for p in params_of(optimizer) if p.grad is not None}

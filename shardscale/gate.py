@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,10 +28,11 @@ def skip_on_device(optimizer: AnyOptimizer) -> AnyOptimizer:
     contract of fused ones: ``grad_scale`` and ``found_inf``.
 
     Worth it on an accelerator, for an optimizer that has no ``fused=True``. It must be a
-    ``torch.optim.Optimizer`` whose step changes nothing but parameters and tensors of its state,
-    and does not read from the device itself: ``capturable=True`` where there is such a choice. On
-    the first step of a parameter, whose state does not exist yet, the host does wait. During the
-    step there are two copies of parameters and state.
+    ``torch.optim.Optimizer`` whose step changes nothing but its parameters and tensors of its
+    state, and does not read from the device itself: ``capturable=True`` where there is such a
+    choice. On the first step of a parameter, whose state does not exist yet, the host does wait.
+    During the step there are two copies of parameters and state. Step hooks of the user's run on a
+    bad step, too, and a step that raises on numbers that are not finite raises there.
 
     Args:
         optimizer: Changed in place. One that is fused is left as it is.
@@ -40,8 +41,8 @@ def skip_on_device(optimizer: AnyOptimizer) -> AnyOptimizer:
         The same optimizer. A copy or a pickle of it, or its ``state_dict``, is not gated.
 
     Raises:
-        ConfigError: it is no ``torch.optim.Optimizer``. From its ``step``: it keeps numbers where
-            they cannot be put back; nothing has moved.
+        ConfigError: it is no ``torch.optim.Optimizer``, or one around another. From its ``step``:
+            it keeps numbers where they cannot be put back; nothing has moved.
 
     >>> weight = torch.nn.Parameter(torch.ones(2))
     >>> optimizer = skip_on_device(torch.optim.RMSprop([weight], foreach=True))
@@ -55,6 +56,13 @@ def skip_on_device(optimizer: AnyOptimizer) -> AnyOptimizer:
         raise ConfigError(
             f"{type(optimizer).__name__} was given to skip_on_device, but must be a "
             "torch.optim.Optimizer. Give it the optimizers inside a container one by one."
+        )
+    inner = [name for name, value in vars(optimizer).items() if isinstance(value, Optimizer)]
+    if inner:
+        raise ConfigError(
+            f"{type(optimizer).__name__} steps another optimizer, its {inner[0]!r}, whose state "
+            "cannot be put back from outside. Give skip_on_device the inner one, before it is "
+            "wrapped, or let the host decide."
         )
     if not is_fused(optimizer):
         gate = _Gate()
@@ -73,30 +81,38 @@ class _Copy(NamedTuple):
     value: Tensor
 
 
+class _Frame(NamedTuple):
+    """One step, as it began."""
+
+    given: dict[str, Tensor | None]  # grad_scale and found_inf
+    copies: list[_Copy]
+    had: list[tuple[Tensor, set[str]]]  # a parameter, and what its state had
+    settings: list[dict[str, Any]]
+
+
 class _Gate:
     """What is kept from the beginning of one optimizer's step to its end."""
 
     def __init__(self) -> None:
-        self._given: dict[str, Tensor | None] = {}  # grad_scale and found_inf
-        self._copies: list[_Copy] = []
-        self._had: list[tuple[Tensor, set[str]]] = []  # a parameter, and what its state had
-        self._settings: list[dict[str, Any]] = []
+        # A step that calls the one it overrides runs the hooks twice, one call inside the other.
+        # The inner one finds no flag: None stands for it, as for a step without a scaler.
+        self._frames: list[_Frame | None] = []
 
     def before(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         """Copy what the step may change."""
         del args, kwargs
-        self._given = {}
-        if getattr(optimizer, "found_inf", None) is None:  # stepped without a scaler
+        found_inf = getattr(optimizer, "found_inf", None)
+        if found_inf is None:
+            self._frames.append(None)
             return
+        self._frames.clear()  # of a step that has raised
         # Optimizers that are not fused refuse to step while they have these.
-        for name in {"grad_scale", "found_inf"} & vars(optimizer).keys():
-            self._given[name] = vars(optimizer).pop(name)
-        grad_scale = self._given.get("grad_scale")
+        names = {"grad_scale", "found_inf"} & vars(optimizer).keys()
+        given = {name: vars(optimizer).pop(name) for name in names}
+        grad_scale = given.get("grad_scale")
         if grad_scale is not None:
             _unscale_(optimizer, grad_scale)
-        params = [p for p in params_of(optimizer) if p.grad is not None]
-        self._had = [(p, set(_state(optimizer, p))) for p in params]
-        self._settings = _settings(optimizer)
+        params = list(params_of(optimizer))
         live = [
             _Copy(p, key, _local(value))
             for p in params
@@ -107,46 +123,56 @@ class _Gate:
         saved = [torch.empty_like(value) for value in values]
         if values:
             torch._foreach_copy_(saved, values)
-        self._copies = [old._replace(value=v) for old, v in zip(live, saved, strict=True)]
+        copies = [old._replace(value=v) for old, v in zip(live, saved, strict=True)]
+        had = [(p, set(_state(optimizer, p))) for p in params]
+        self._frames.append(_Frame(given, copies, had, _settings(optimizer)))
 
     @torch.no_grad()
     def after(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         """Put it back where the verdict was bad."""
         del args, kwargs
-        copies, self._copies = self._copies, []
-        found_inf = self._given.get("found_inf")
-        if found_inf is None:
+        frame = self._frames.pop()
+        if frame is None:
             return
-        vars(optimizer).update(self._given)  # whoever set them takes them off
-        reason = self._why_it_cannot_be_put_back(optimizer)
+        vars(optimizer).update(frame.given)  # whoever set them takes them off
+        found_inf = frame.given["found_inf"]
+        assert found_inf is not None
+        reason = _why_it_cannot_be_put_back(optimizer, frame)
         if reason:
             found_inf = torch.ones_like(found_inf)
-        bad_on = {d: found_inf.to(d) > 0 for d in {old.value.device for old in copies}}
-        for param, key, value in copies:
-            now = _local(param if key is None else optimizer.state[param][key])
-            torch.where(bad_on[value.device], value, now, out=now)
+        bad_on = {d: found_inf.to(d) > 0 for d in {old.value.device for old in frame.copies}}
+        for param, key, value in frame.copies:
+            now = _now(optimizer, param, key)
+            if _is_alike(now, value):
+                torch.where(bad_on[value.device], value, now, out=now)
+            else:  # there is a reason, so that the old one comes back in any case
+                optimizer.state[param][key] = value
         # What did not exist before cannot be put back by a selection; this once, the host asks.
-        fresh = [(p, had) for p, had in self._had if set(_state(optimizer, p)) - had]
+        fresh = [(p, had) for p, had in frame.had if set(_state(optimizer, p)) - had]
         if fresh and found_inf.item():
             for param, had in fresh:
                 _forget(optimizer, param, had)
         if reason:
             raise ConfigError(f"{reason}. It cannot skip on the device; let the host decide.")
 
-    def _why_it_cannot_be_put_back(self, optimizer: Any) -> str | None:
-        name = type(optimizer).__name__
-        for before, group in zip(self._settings, _settings(optimizer), strict=True):
-            changed = [key for key in group if before.get(key) is not group[key]]
-            if changed:
-                return f"{name}.step() changes {changed[0]!r} of its param_groups"
-        strange = [key for key in optimizer.state if not isinstance(key, Tensor)]
-        if strange:
-            return f"{name} keeps {strange[0]!r} in its state, which belongs to no parameter"
-        for param, _ in self._had:
-            for key, value in optimizer.state.get(param, {}).items():
-                if not isinstance(value, Tensor | None):
-                    return f"{name} keeps {key!r} of its state as a Python {type(value).__name__}"
-        return None
+
+def _why_it_cannot_be_put_back(optimizer: Any, frame: _Frame) -> str | None:
+    name = type(optimizer).__name__
+    for before, group in zip(frame.settings, _settings(optimizer), strict=True):
+        changed = [key for key in group if _differ(before.get(key), group[key])]
+        if changed:
+            return f"{name}.step() changes {changed[0]!r} of its param_groups"
+    strange = [key for key in optimizer.state if not isinstance(key, Tensor)]
+    if strange:
+        return f"{name} keeps {strange[0]!r} in its state, which belongs to no parameter"
+    for param, _ in frame.had:
+        for key, value in optimizer.state.get(param, {}).items():
+            if not isinstance(value, Tensor | None):
+                return f"{name} keeps {key!r} of its state as a Python {type(value).__name__}"
+    for param, key, value in frame.copies:
+        if not _is_alike(_now(optimizer, param, key), value):
+            return f"{name}.step() changes the shape or dtype of {key!r} of its state, or drops it"
+    return None
 
 
 def _unscale_(optimizer: Any, grad_scale: Tensor) -> None:
@@ -166,8 +192,27 @@ def _state(optimizer: Any, param: Tensor) -> dict[str, Tensor]:
     return {key: value for key, value in state.items() if isinstance(value, Tensor)}
 
 
+def _now(optimizer: Any, param: Tensor, key: str | None) -> Tensor | None:
+    tensor = param if key is None else _state(optimizer, param).get(key)
+    return None if tensor is None else _local(tensor)
+
+
+def _is_alike(now: Tensor | None, value: Tensor) -> TypeGuard[Tensor]:
+    if now is None:
+        return False
+    return (now.shape, now.dtype, now.device) == (value.shape, value.dtype, value.device)
+
+
 def _settings(optimizer: Any) -> list[dict[str, Any]]:
-    return [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+    """The groups' settings; with a tensor, how often it was written to."""
+    return [
+        {k: (v, v._version if isinstance(v, Tensor) else 0) for k, v in g.items() if k != "params"}
+        for g in optimizer.param_groups
+    ]
+
+
+def _differ(before: Any, now: tuple[Any, int]) -> bool:
+    return before is None or before[0] is not now[0] or before[1] != now[1]
 
 
 def _require_on_one_device(optimizer: Any, live: Sequence[_Copy]) -> None:

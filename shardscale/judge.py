@@ -49,7 +49,7 @@ class Judge:
         """Begin with no history: a state that all ranks share was just loaded."""
         self.num_updates = 0
         self.stages = Stages()
-        self.stamps = Stamps(self.layouts.params)
+        self.stamps = Stamps(self.layouts)
         self.ledger = Ledger()
         self._previous: Agreement | None = None
         self._dispute = Dispute()
@@ -76,7 +76,7 @@ class Judge:
         captured = self._is_captured = self.is_captured(state)
         comm = self.bond.communicator()
         fault: Exception | None = question.mistake
-        fault = fault or mistake_inside_backward(question.method)
+        fault = fault or mistake_inside_backward(question.method, self.stamps.iteration.graph_task)
         stats = nothing_found(state)
         grads: list[list[Tensor]] = []
         try:
@@ -90,6 +90,12 @@ class Judge:
         if fault is not None and (comm is None or captured):
             raise fault
         call = self._call(question, state, policy)
+        if captured and call.stamp is not state.scale and not self.stamps.iteration.in_graph:
+            raise StageError(
+                "this iteration began before an update outside of the graph, and each replay would "
+                "divide by the scale of that time. Capture all updates of an iteration together, "
+                "or call scale() or begin() before the capture and before each replay."
+            )
         if comm is None:
             agreement = verdict.alone(stats)  # not kept: a group made later has not seen its bits
         else:
@@ -175,10 +181,17 @@ class Judge:
         self.stages.mark_stepped(optimizers)
         self.stamps.mark_stepped(optimizers)
 
-    def close(self, state: ScaleState, next_scale: Tensor, floor: float | None) -> None:
+    def close(
+        self,
+        agreements: Sequence[tuple[Agreement, Call]],
+        state: ScaleState,
+        next_scale: Tensor,
+        floor: float | None,
+    ) -> None:
         """Close the iteration; the state is about to take over ``next_scale``, () float32.
 
         Args:
+            agreements: The iteration's verdicts.
             state: As it still is.
             next_scale: What the scale will be.
             floor: The smallest scale of the policy, if it has one.
@@ -186,8 +199,8 @@ class Judge:
         Sync: none.
         """
         captured = self.is_captured(state)
-        self.stamps.close(state.scale, self.stages.left_unscaled())
-        agreements = self.stages.agreements()
+        stages = self.stages
+        self.stamps.close(state.scale, stages.left_unscaled(), stages.num_unused_empty, captured)
         if self.replays is not None and self.replays.has_captured and agreements:
             flags, norm = summary(agreements)
             self.replays.close_(captured, flags[0], state.scale, next_scale, norm)
@@ -267,9 +280,21 @@ class Judge:
             question.max_norm,
             self._text_of(policy),
             state,
-            self.stamps.of(question.optimizers, state.scale),
+            self._stamp_of(question, state),
             self.replays.num_updates if self.replays and self.replays.has_captured else None,
         )
+
+    def _stamp_of(self, question: Question, state: ScaleState) -> Tensor:
+        """The scale, () float32, that the gradients have: 1 where they were unscaled before."""
+        unscaled = self.stamps.iteration.num_unscaled_empty > 0
+        if question.optimizers:
+            entries = [self.stages.of(optimizer) for optimizer in question.optimizers]
+            unscaled = any(
+                not e.was_judged and self.stamps.unscaled_before(e.optimizer) for e in entries
+            )
+        if unscaled:
+            return torch.ones_like(state.scale)
+        return self.stamps.of(question.optimizers, state.scale)
 
     def _text_of(self, policy: ScalePolicy) -> str:
         if policy is not self._policy:
@@ -282,6 +307,8 @@ class Judge:
         if not question.optimizers:
             self.stages.empty.append((agreement, call))
             self.stages.num_unused_empty += question.method != "step"
+            iteration = self.stamps.iteration
+            iteration.num_unscaled_empty = max(0, iteration.num_unscaled_empty - 1)
         for optimizer, has_some in zip(question.optimizers, has_grads, strict=True):
             entry = self.stages.of(optimizer)
             entry.agreement, entry.call, entry.has_grads = agreement, call, has_some

@@ -232,6 +232,10 @@ class Layouts:
             for row in rows
         )
 
+    def __len__(self) -> int:
+        """How many parameters were attached."""
+        return len(self._known)
+
     def params(self) -> list[Tensor]:
         """The attached parameters that still exist."""
         found = [_find(key, known) for key, known in self._known.items()]

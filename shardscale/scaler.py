@@ -331,15 +331,15 @@ class ShardedGradScaler(TorchNames, Factors, torch.amp.GradScaler):  # type: ign
             self._judge.read_late(floor)
         elif new_scale is not None:
             raise StageError("update(new_scale) cannot be captured. Call it between two replays.")
+        agreements = self._judge.stages.agreements()
         if new_scale is None:
             self._require_records()
-            agreements = self._judge.stages.agreements()
             found_inf = joint_found_inf([agreement for agreement, _ in agreements])
             after = self._policy.next_state(state, found_inf.to(state.scale.device))
         else:
             chosen = self._policy.init(as_number(new_scale), state.scale.device)
             after = state._replace(scale=chosen.scale)
-        self._judge.close(state, after.scale, floor)
+        self._judge.close(agreements, state, after.scale, floor)
         for old, new in zip(state, after, strict=True):
             old.copy_(new)
 

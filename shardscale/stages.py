@@ -24,7 +24,6 @@ class Entry:
     call: Call | None = None
     has_grads: bool = False  # on this rank
     is_unscaled: bool = False
-    earlier: Agreement | None = None  # a verdict that unscaled them, closed by an update since
     iteration: object = None  # the newest that had begun when it was judged
 
     @property

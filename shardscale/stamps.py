@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -13,22 +13,47 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from shardscale.records import Agreement
 
-__all__ = ["Stamps"]
+__all__ = ["Stamps", "Unscaled"]
 
 
-class _Mark(NamedTuple):
-    """One gradient as it was: where it lies, and how often it had been written to."""
+class Unscaled(NamedTuple):
+    """Gradients that were unscaled, and closed by an update before their optimizer stepped."""
 
-    storage: StorageWeakRef  # keeps no memory, and its number is given to no other while it lives
-    version: int
+    # Where they lie. Such a reference keeps no memory, and its number is given to no other storage
+    # while it lives. What lies elsewhere was made since; what was only written to was not.
+    places: frozenset[StorageWeakRef]
+    agreement: Agreement  # that of their unscaling
+
+    def made_since(self, params: Iterable[Tensor]) -> set[int]:
+        """The ids of those parameters whose gradients are not among them."""
+        return {id(p) for p in params if not (found := _places([p])) or not found <= self.places}
 
 
-class _Unscaled(NamedTuple):
-    """An optimizer whose gradients were unscaled, and closed by an update before it stepped."""
+class _Kept(NamedTuple):
+    """Gradients that were there, not zero, when a new iteration began."""
 
-    optimizer: Any  # kept, so that its id is not taken by another
-    marks: list[_Mark]
-    agreement: Agreement
+    places: frozenset[StorageWeakRef]
+    made_with: Tensor  # () float32: the scale they were made with, or that of now if they are zero
+
+
+class _Ones:
+    """Some optimizers, told apart by identity; none is kept alive."""
+
+    def __init__(self) -> None:
+        self._refs: dict[int, Any] = {}
+
+    def add(self, optimizer: Any) -> None:
+        try:
+            self._refs[id(optimizer)] = weakref.ref(optimizer)
+        except TypeError:  # a container that no weak reference can be made to
+            self._refs[id(optimizer)] = lambda: optimizer
+
+    def __contains__(self, optimizer: Any) -> bool:
+        ref = self._refs.get(id(optimizer))
+        return ref is not None and ref() is optimizer
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter([one for ref in self._refs.values() if (one := ref()) is not None])
 
 
 @dataclass
@@ -36,16 +61,22 @@ class Iteration:
     """What happened since the newest ``begin``, or since the scaler was made."""
 
     has_begun: bool
+    graph_task: int = -1  # of the backward pass inside which it began; -1 outside
     stamp: Tensor | None = None  # () float32: its scale, if that may have changed since
-    stepped: dict[int, Any] = field(default_factory=dict)  # by id; kept, so that no other has it
-    unscaled: dict[int, _Unscaled] = field(default_factory=dict)
+    in_graph: bool = False  # whether the stamp was made by a graph that is captured
+    stepped: _Ones = field(default_factory=_Ones)
+    unscaled: list[tuple[Any, Unscaled]] = field(default_factory=list)  # weak references first
+    num_unscaled_empty: int = 0  # unscaled calls without an optimizer, likewise closed
 
 
-class _Kept(NamedTuple):
-    """Gradients that were there, not zero, when a new iteration began."""
+class Attached(Protocol):
+    """The parameters of attached models."""
 
-    marks: list[_Mark]
-    made_with: Tensor  # () float32: the scale they were made with, or that of now if they are zero
+    def __len__(self) -> int: ...
+
+    def params(self) -> list[Tensor]:
+        """Those that still exist."""
+        ...
 
 
 class Stamps:
@@ -55,16 +86,16 @@ class Stamps:
     not stepped since the last ``begin`` has gradients of that iteration, whatever the scale is now.
 
     Args:
-        attached: Gives the parameters of attached models. Their gradients are looked at also before
-            the optimizer that has them was ever seen.
+        attached: Of these parameters the gradients are looked at also before the optimizer that has
+            them was ever seen.
     """
 
-    def __init__(self, attached: Callable[[], Sequence[Tensor]] = tuple) -> None:
+    def __init__(self, attached: Attached | None = None) -> None:
         self.iteration = Iteration(has_begun=False)
         self._attached = attached
-        self._known: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+        self._known = _Ones()
         self._kept: dict[int, _Kept] = {}
-        self._complete: tuple[int, int] | None = None  # so many optimizers had all parameters
+        self._num_complete = 0  # so many attached parameters were all in optimizers that are known
 
     def begin(self, newest: Tensor) -> None:
         """A new iteration: gradients made from here on have the scale ``newest``, () float32.
@@ -72,55 +103,68 @@ class Stamps:
         Sync: none on an accelerator.
         """
         if self.iteration.stamp is not None:
-            for key, optimizer in self._known.items():
-                if key not in self.iteration.stepped:
-                    is_unscaled = self.verdict_that_unscaled(optimizer) is not None
-                    self._keep(key, _params(optimizer), newest, is_unscaled)
-            self._keep(_UNSEEN, self._params_unseen(), newest)
+            waiting = [one for one in self._known if one not in self.iteration.stepped]
+            kept = {id(one): self._keep(id(one), _params(one), newest, one) for one in waiting}
+            kept[_UNSEEN] = self._keep(_UNSEEN, self._params_unseen(), newest)
+            self._kept = {key: found for key, found in kept.items() if found is not None}
         self.open()
+        self.iteration.graph_task = torch._C._current_graph_task_id()
 
     def open(self) -> None:
         """``begin`` where the call is compiled: gradients that are left over are not looked at."""
         # Reads nothing that differs from one iteration to the next: there is nothing to guard.
         self.iteration = Iteration(has_begun=True)
 
-    def close(self, scale: Tensor, unscaled: Iterable[tuple[Any, Agreement]]) -> None:
+    def close(
+        self,
+        scale: Tensor,
+        unscaled: Iterable[tuple[Any, Agreement]],
+        num_empty: int,
+        captured: bool = False,
+    ) -> None:
         """The scale is about to change.
 
         Args:
             scale: () float32, as it still is.
             unscaled: Optimizers that have not stepped although their gradients are unscaled, with
                 their verdicts.
+            num_empty: How many calls without an optimizer have unscaled and not stepped.
+            captured: Whether this is part of a graph.
         """
+        iteration = self.iteration
         # Whoever never begins scales by hand, with the scale that is newest then.
-        if self.iteration.stamp is None and self.iteration.has_begun:
-            self.iteration.stamp = scale.clone()
+        if not iteration.has_begun:
+            return
+        if iteration.stamp is None:
+            iteration.stamp, iteration.in_graph = scale.clone(), captured
         for optimizer, agreement in unscaled:
-            mine = _Unscaled(optimizer, _marks(_params(optimizer)), agreement)
-            self.iteration.unscaled[id(optimizer)] = mine
+            mine = Unscaled(_places(_params(optimizer)), agreement)
+            iteration.unscaled.append((_weak(optimizer), mine))
+        iteration.num_unscaled_empty += num_empty
 
     def mark_stepped(self, optimizers: Sequence[Any]) -> None:
         """These optimizers have consumed their gradients."""
-        for key in _by_id(optimizers):
-            self._kept.pop(key, None)
-            self.iteration.unscaled.pop(key, None)
-        if self.iteration.has_begun:
-            self.iteration.stepped.update(_by_id(optimizers))
+        for optimizer in optimizers:
+            self._kept.pop(id(optimizer), None)
+            if self.iteration.has_begun:
+                self.iteration.stepped.add(optimizer)
 
     def of(self, optimizers: Sequence[Any], newest: Tensor) -> Tensor:
-        """The scale, () float32, that these optimizers' gradients were made with."""
-        stamp = self.iteration.stamp
-        if stamp is None or self.iteration.stepped.keys() >= _by_id(optimizers).keys():
+        """The scale, () float32, that these optimizers' gradients were made with.
+
+        A call without optimizers is one on behalf of other ranks' ones, which have not stepped.
+        """
+        stamp, stepped = self.iteration.stamp, self.iteration.stepped
+        if stamp is None or (optimizers and all(one in stepped for one in optimizers)):
             return newest
         return stamp
 
-    def verdict_that_unscaled(self, optimizer: Any) -> Agreement | None:
-        """The verdict with which gradients were unscaled before an update, if they still are.
-
-        Whatever has been written to since then holds something else.
-        """
-        found = self.iteration.unscaled.get(id(optimizer))
-        return found.agreement if found and found.marks == _marks(_params(optimizer)) else None
+    def unscaled_before(self, optimizer: Any) -> Unscaled | None:
+        """The gradients of an optimizer that were unscaled before an update of this iteration."""
+        if not self.iteration.unscaled or optimizer in self.iteration.stepped:
+            return None
+        mine = [found for ref, found in self.iteration.unscaled if ref() is optimizer]
+        return mine[-1] if mine else None
 
     def made_before(self, optimizer: Any) -> Tensor | None:
         """The scale of an earlier iteration whose gradients are still part of this optimizer's.
@@ -128,46 +172,50 @@ class Stamps:
         Returns:
             () float32, equal to this iteration's scale where all is well; None if nothing is left.
         """
-        key = id(optimizer) if id(optimizer) in self._known else _UNSEEN
-        try:
-            self._known[id(optimizer)] = optimizer
-        except TypeError:  # a container that no weak reference can be made to is not watched
-            return None
+        key = id(optimizer) if optimizer in self._known else _UNSEEN
+        if key == _UNSEEN:
+            self._known.add(optimizer)
         kept = self._kept.get(key)
-        return kept.made_with if kept and _any_left(kept, _params(optimizer)) else None
+        return kept.made_with if kept and kept.places & _places(_params(optimizer)) else None
 
     def _params_unseen(self) -> list[Tensor]:
         """Attached parameters to train that are in no optimizer seen so far."""
-        attached = self._attached()
-        if self._complete == (len(self._known), len(attached)):
+        if self._attached is None or self._num_complete == len(self._attached):
             return []
-        seen = {id(p) for optimizer in self._known.values() for p in _params(optimizer)}
-        unseen = [p for p in attached if p.requires_grad and id(p) not in seen]
+        seen = {id(p) for optimizer in self._known for p in _params(optimizer)}
+        unseen = [p for p in self._attached.params() if p.requires_grad and id(p) not in seen]
         if not unseen:
-            self._complete = len(self._known), len(attached)
+            self._num_complete = len(self._attached)
         return unseen
 
     def _keep(
-        self, key: int, params: Sequence[Tensor], newest: Tensor, is_unscaled: bool = False
-    ) -> None:
-        marks = _marks(params)
-        if not marks:
-            self._kept.pop(key, None)
-            return
+        self, key: int, params: Sequence[Tensor], newest: Tensor, optimizer: Any = None
+    ) -> _Kept | None:
+        places = _places(params)
         stamp = self.iteration.stamp
         assert stamp is not None
-        before = torch.ones_like(newest) if is_unscaled else stamp
-        if newest.is_cpu and before.item() == newest.item() and key not in self._kept:
-            return  # on the host it costs nothing to know
+        before = stamp
+        if optimizer is not None and self.unscaled_before(optimizer):
+            before = torch.ones_like(newest)
         earlier = self._kept.get(key)
-        if earlier and _any_left(earlier, params):
+        # On the host it costs nothing to know.
+        changed = not newest.is_cpu or before.item() != newest.item()
+        if not places or not (changed or earlier):
+            return None
+        if earlier and earlier.places & places:
             before = torch.where(earlier.made_with == stamp, before, earlier.made_with)
         # Gradients that were set to zero in place are there, but carry nothing.
-        made_with = torch.where(_any_nonzero(params, newest), before, newest)
-        self._kept[key] = _Kept(marks, made_with)
+        return _Kept(places, torch.where(_any_nonzero(params, newest), before, newest))
 
 
 _UNSEEN = 0  # is no object's id; the attached parameters whose optimizer was not seen yet
+
+
+def _weak(optimizer: Any) -> Any:
+    try:
+        return weakref.ref(optimizer)
+    except TypeError:  # a container that no weak reference can be made to
+        return lambda: optimizer
 
 
 def _params(optimizer: Any) -> list[Tensor]:
@@ -175,19 +223,15 @@ def _params(optimizer: Any) -> list[Tensor]:
 
 
 def _local_grads(params: Sequence[Tensor]) -> list[Tensor]:
-    local = [getattr(p.grad, "_local_tensor", p.grad) for p in params]
-    # What is neither plain nor sharded by DTensor has no memory that could be asked for here.
+    local = [getattr(p.grad, "_local_tensor", p.grad) for p in params if p.grad is not None]
+    local = [getattr(g, "elem", g) for g in local]  # of a collective that is still under way
+    local = [g._values() if g.layout == torch.sparse_coo else g for g in local]
+    # What is of another kind has no memory that could be asked for here.
     return [g for g in local if type(g) is Tensor and g.layout == torch.strided]
 
 
-def _marks(params: Sequence[Tensor]) -> list[_Mark]:
-    grads = _local_grads(params)
-    return [_Mark(StorageWeakRef(g.untyped_storage()), g._version) for g in grads]
-
-
-def _any_left(kept: _Kept, params: Sequence[Tensor]) -> bool:
-    before = {mark.storage.cdata for mark in kept.marks}
-    return any(g.untyped_storage()._cdata in before for g in _local_grads(params))
+def _places(params: Sequence[Tensor]) -> frozenset[StorageWeakRef]:
+    return frozenset(StorageWeakRef(g.untyped_storage()) for g in _local_grads(params))
 
 
 def _any_nonzero(params: Sequence[Tensor], newest: Tensor) -> Tensor:
@@ -199,8 +243,3 @@ def _any_nonzero(params: Sequence[Tensor], newest: Tensor) -> Tensor:
     for g in _local_grads(params):
         found = found | g.any().to(newest.device)
     return found
-
-
-def _by_id(optimizers: Sequence[Any]) -> dict[int, Any]:
-    # A call without optimizers is one on behalf of the other ranks' ones; 0 is no object's id.
-    return {id(o): o for o in optimizers} or {0: None}

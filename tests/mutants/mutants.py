@@ -312,21 +312,21 @@ MUTANTS = [
     Mutant(
         "an update forgets which gradients are unscaled",
         "shardscale/judge.py",
-        "        self.stamps.close(state.scale, self.stages.left_unscaled())\n",
-        "        self.stamps.close(state.scale, ())\n",
+        "            state.scale, stages.left_unscaled(), stages.num_unused_empty, captured\n",
+        "            state.scale, (), stages.num_unused_empty, captured\n",
         (
             f"{_STAMPS}::test_an_update_in_between_does_not_make_unscaled_gradients_scaled_again",
             f"{_STAMPS}::test_a_joint_verdict_of_the_other_optimizer_stays_bad_across_the_update",
         ),
     ),
     Mutant(
-        "gradients that were touched are taken for unscaled ones",
-        "shardscale/stamps.py",
-        "if found and found.marks == _marks(_params(optimizer)) else None",
-        "if found else None",
+        "gradients made after an update are taken for unscaled ones",
+        "shardscale/examine.py",
+        "            since = earlier.made_since(params_of(optimizer)) if earlier else ()\n",
+        "            since = ()\n",
         (
-            f"{_STAMPS}::test_gradients_touched_since_then_are_scaled_ones[replace]",
-            f"{_STAMPS}::test_gradients_touched_since_then_are_scaled_ones[zero and add]",
+            f"{_STAMPS}::test_gradients_made_since_then_are_scaled_ones[by hand-False]",
+            f"{_STAMPS}::test_of_one_optimizer_each_gradient_is_unscaled_once[True]",
         ),
     ),
     Mutant(

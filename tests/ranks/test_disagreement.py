@@ -260,6 +260,66 @@ def test_a_rank_without_a_loss_that_forgets_to_begin_is_a_disagreement(ranks):
     assert ranks.run(last_rank_sees_no_loss, 3, begins=False) == [expected] * 3
 
 
+def update_after_each(rank, size, unscales, owned, begins, fused, writes):
+    """Three optimizers, an update after each, while the scale grows; ranks own the first few.
+
+    Where a rank has no optimizer it passes `()`. Gradients are of 1.0 before they are scaled.
+    """
+    params = [torch.nn.Parameter(torch.ones(3)) for _ in range(owned[rank])]
+    optimizers = [torch.optim.SGD([p], lr=0.25, fused=fused) for p in params]
+    passed = [*optimizers, (), (), ()][:3]
+    scaler = ShardedGradScaler("cpu", init_scale=4.0, growth_interval=1, sync=True)
+    for _ in range(2):
+        scale = scaler.get_scale()
+        if params:
+            scaler.scale(torch.ones(()))
+        elif begins:
+            scaler.begin()
+        for p in params:
+            p.grad = torch.full_like(p, scale)
+        found = outcome(lambda: [scaler.unscale_(each) for each in passed if unscales])
+        for number, each in enumerate(passed):
+            if found.error is None and number == 1 and rank == writes and params[1:]:
+                params[1].grad.clamp_(-10, 10)  # changes no number
+            found = found if found.error else outcome(partial(scaler.step, each))
+            found = found if found.error else outcome(scaler.update)
+    return found.error, [p[0].item() for p in params]
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("unscales", [False, True])
+@pytest.mark.parametrize("owned", [(3, 3, 0), (3, 0, 1), (2, 3, 2)], ids=str)
+def test_ranks_of_few_optimizers_unscale_as_the_others(ranks, owned, unscales, fused):
+    """`()` stands for the next optimizer that another rank has, which has not stepped."""
+    for rank, (error, values) in enumerate(
+        ranks.run(
+            update_after_each,
+            3,
+            unscales=unscales,
+            owned=owned,
+            begins=True,
+            fused=fused,
+            writes=None,
+        )
+    ):
+        assert error is None
+        assert values == [0.5] * owned[rank]
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_what_one_rank_writes_to_unscaled_gradients_divides_them_nowhere_again(ranks, fused):
+    """Replicas stay replicas: whether gradients are unscaled goes by the calls, which all make."""
+    how = {"unscales": True, "owned": (3, 3), "begins": True, "fused": fused, "writes": 0}
+    assert ranks.run(update_after_each, 2, **how) == [(None, [0.5] * 3)] * 2
+
+
+def test_a_rank_that_forgets_to_begin_and_unscales_twice_is_a_disagreement(ranks):
+    """Never a silent factor: also where the scale itself is the same on all ranks."""
+    how = {"unscales": True, "owned": (3, 3, 0), "begins": False, "fused": False, "writes": None}
+    for error, _ in ranks.run(update_after_each, 3, **how):
+        assert error == "DisagreementError"
+
+
 # --------------------------------------------------------------------------------- join, then raise
 
 

@@ -56,6 +56,7 @@ def bits(optimizer):
     found = {(i, None): p.detach() for i, p in enumerate(params)}
     for i, p in enumerate(params):
         found |= {(i, key): value for key, value in optimizer.state.get(p, {}).items()}
+    found = {at: value for at, value in found.items() if isinstance(value, torch.Tensor)}
     return {at: t.clone().view(torch.int32) for at, t in found.items()}
 
 
@@ -213,7 +214,7 @@ class CountsInPython(optim.Optimizer):
     """Adds its gradient, and counts its steps where no device can put them back."""
 
     def __init__(self, params, where):
-        super().__init__(params, {"num_steps": 0})
+        super().__init__(params, {"num_steps": 0, "rate": torch.ones(())})
         self.where = where
 
     @torch.no_grad()
@@ -226,6 +227,12 @@ class CountsInPython(optim.Optimizer):
                         self.state[p]["num_steps"] = self.state[p].get("num_steps", 0) + 1
         if self.where == "group":
             group["num_steps"] += 1
+        elif self.where == "tensor of the group":
+            group["rate"].mul_(0.5)
+        elif self.where == "shape":
+            self.state[p]["rows"] = torch.zeros(1 + len(self.state[p].get("rows", ())))
+        elif self.where == "dropped":
+            self.state[p] = {} if self.state[p] else {"rows": torch.zeros(1)}
         elif self.where == "beside":
             self.state["num_steps"] = 1
 
@@ -235,17 +242,108 @@ class CountsInPython(optim.Optimizer):
     [
         ("state", "keeps 'num_steps' of its state as a Python int"),
         ("group", "changes 'num_steps' of its param_groups"),
+        ("tensor of the group", "changes 'rate' of its param_groups"),
         ("beside", "keeps 'num_steps' in its state, which belongs to no parameter"),
+        ("shape", "changes the shape or dtype of 'rows' of its state, or drops it"),
+        ("dropped", "changes the shape or dtype of 'rows' of its state, or drops it"),
     ],
 )
 def test_what_cannot_be_put_back_is_refused_before_anything_has_moved(where, reason):
     optimizer = skip_on_device(CountsInPython(make_params(), where))
     scaler = ShardedGradScaler("cpu", init_scale=SCALE)
-    give_grads(optimizer, 0, SCALE)
+    if where in ("shape", "dropped"):  # only a state that was there can change
+        give_grads(optimizer, 0, SCALE)
+        scaler.step(optimizer)
+        scaler.update()
+    before = bits(optimizer)
+    give_grads(optimizer, 1, SCALE)
     with pytest.raises(ConfigError, match=reason):
         scaler.step(optimizer)
-    for p, expected in zip(optimizer.param_groups[0]["params"], make_params(), strict=True):
-        assert torch.equal(p.view(torch.int32), expected.view(torch.int32))
+    after = {at: value for at, value in bits(optimizer).items() if at in before}
+    assert_same(after, before)
+
+
+def test_an_optimizer_around_another_is_refused():
+    class Wrapper(optim.Optimizer):
+        def __init__(self, inner):
+            super().__init__(inner.param_groups, {})
+            self.optim = inner
+
+    with pytest.raises(ConfigError, match="steps another optimizer, its 'optim'"):
+        skip_on_device(Wrapper(optim.SGD(make_params())))
+
+
+class Warmup(optim.AdamW):
+    """Overrides a step and calls it; torch then runs the hooks of both."""
+
+    def step(self, closure=None):
+        return super().step(closure)
+
+
+class Clipped(optim.SGD):
+    """The same of another kind, two classes deep."""
+
+    def step(self, closure=None):
+        return super().step(closure)
+
+
+class ClippedTwice(Clipped):
+    def step(self, closure=None):
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("bad_steps", [{0}, {2}, {1, 3}], ids=str)
+@pytest.mark.parametrize("make", [Warmup, functools.partial(ClippedTwice, lr=0.1, momentum=0.9)])
+def test_a_step_that_calls_the_one_it_overrides_is_gated_once(make, bad_steps):
+    for base in (optim.AdamW, optim.SGD, functools.partial(Clipped, lr=0.1)):
+        base(make_params())  # torch hooks a class's step when its first instance is made
+    ours, theirs = (steps(gate(make(make_params())), bad_steps) for gate in (skip_on_device, id_))
+    for mine, expected in zip(ours, theirs, strict=True):
+        assert_same(mine, expected)
+
+
+def id_(optimizer):
+    return optimizer
+
+
+def test_parameters_without_a_gradient_are_put_back_too():
+    """An optimizer may decay what has none."""
+
+    class Decays(optim.Optimizer):
+        @torch.no_grad()
+        def step(self):
+            for p in self.param_groups[0]["params"]:
+                p.mul_(0.9)
+
+    ours, theirs = (steps(gate(Decays(make_params(), {})), {1}) for gate in (skip_on_device, id_))
+    assert_same(ours[-1], theirs[-1])
+
+
+def test_a_step_that_raises_leaves_the_next_one_right():
+    class Raises(optim.SGD):
+        raises = False
+
+        @torch.no_grad()
+        def step(self):
+            if self.raises:
+                raise RuntimeError("out of luck")
+            for p in self.param_groups[0]["params"]:
+                if p.grad is not None:
+                    p -= p.grad
+
+    optimizer = skip_on_device(Raises(make_params()))
+    scaler = ShardedGradScaler("cpu", init_scale=SCALE)
+    give_grads(optimizer, 0, SCALE)
+    optimizer.raises = True
+    with pytest.raises(RuntimeError, match="out of luck"):
+        scaler.step(optimizer)
+    assert not hasattr(optimizer, "found_inf")
+    optimizer.raises = False
+    before = bits(optimizer)
+    scaler.load_state_dict(scaler.state_dict())
+    give_grads(optimizer, 1, SCALE, bad=True)
+    scaler.step(optimizer)
+    assert_same(bits(optimizer), before)
 
 
 class Rebinds(optim.Optimizer):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import pickle
 import warnings
+import weakref
 
 import pytest
 import torch
 
-from shardscale import ShardedGradScaler
+from shardscale import LayoutError, ShardedGradScaler
 from shardscale.stamps import Stamps
 
 WARNING = "were added up over two scales"
@@ -29,7 +31,7 @@ def stamp(stamps, optimizers, newest):
 
 
 def close(stamps, scale):
-    stamps.close(torch.tensor(scale), ())
+    stamps.close(torch.tensor(scale), (), 0)
 
 
 def begin(stamps, scale):
@@ -52,7 +54,7 @@ def test_stamps_by_hand():
     assert stamp(stamps, (), 16.0) == 8.0
     stamps.mark_stepped(())
     close(stamps, 16.0)
-    assert stamp(stamps, (), 32.0) == 32.0
+    assert stamp(stamps, (), 32.0) == 8.0  # of the next optimizer that another rank has
     assert stamp(stamps, [other], 32.0) == 8.0
     begin(stamps, 32.0)
     assert stamp(stamps, [other], 32.0) == 32.0
@@ -71,7 +73,7 @@ def test_an_optimizer_that_was_dropped_does_not_lend_its_stamp_to_a_new_one():
 def test_the_stamp_is_a_copy():
     stamps, scale = Stamps(), torch.tensor(8.0)
     stamps.begin(scale)
-    stamps.close(scale, ())
+    stamps.close(scale, (), 0)
     scale.fill_(16.0)
     assert stamp(stamps, [sgd()], 16.0) == 8.0
 
@@ -79,7 +81,7 @@ def test_the_stamp_is_a_copy():
 def test_who_never_begins_is_unscaled_by_the_newest_scale():
     """A loss multiplied by ``get_scale()`` by hand."""
     stamps, scale = Stamps(), torch.tensor(8.0)
-    stamps.close(scale, ())
+    stamps.close(scale, (), 0)
     scale.fill_(16.0)
     assert stamp(stamps, [sgd()], 16.0) == 16.0
 
@@ -154,23 +156,117 @@ def test_a_joint_verdict_of_the_other_optimizer_stays_bad_across_the_update():
         assert param_of(optimizer).tolist() == [0.0] * 4
 
 
-@pytest.mark.parametrize("touch", ["replace", "zero and add", "new iteration"])
-def test_gradients_touched_since_then_are_scaled_ones(touch):
-    scaler, _, other = unscaled_then_updated(4.0, "unscale_")
+WRITES = {
+    "torch's clipping": lambda p: torch.nn.utils.clip_grad_norm_([p], 1e9),
+    "in place": lambda p: p.grad.clamp_(-10, 10),
+    "behind autograd's back": lambda p: p.grad.data.mul_(1.0),
+    "nothing": lambda p: None,
+}
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("write", WRITES)
+def test_gradients_written_to_since_then_are_still_unscaled(write, fused):
+    """Whoever clips or repairs them does so on unscaled ones; on some ranks only, perhaps."""
+    scaler, _, other = unscaled_then_updated(4.0, "unscale_", fused=fused)
+    WRITES[write](param_of(other))
+    scaler.step(other)
+    assert param_of(other).tolist() == [-1.0] * 4
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("how", ["by hand", "new iteration"])
+def test_gradients_made_since_then_are_scaled_ones(how, fused):
+    scaler, _, other = unscaled_then_updated(4.0, "unscale_", fused=fused)
     param = param_of(other)
-    if touch == "replace":  # by hand, by the newest scale: nothing begins
-        param.grad = None
-        (param.sum() * 4.0).backward()
-    elif touch == "zero and add":
-        param.grad.zero_()
+    param.grad = None
+    if how == "by hand":  # nothing begins, so its stamp is that of the iteration
         (param.sum() * 4.0).backward()
     else:
-        param.grad = None
         scaler.scale(param.sum()).backward()
     scaler.step(other)
-    made_with = 8.0 if touch == "new iteration" else 4.0
-    by = 8.0 if touch == "new iteration" else 4.0  # its stamp is that of the iteration begun
-    assert param.tolist() == [-made_with / by] * 4
+    assert param.tolist() == [-1.0] * 4
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_of_one_optimizer_each_gradient_is_unscaled_once(fused):
+    """One was there before the update, another came after it, a third was dropped."""
+    scaler = ShardedGradScaler("cpu", init_scale=4.0)
+    one, other = sgd(), sgd(fused=fused)
+    late, gone = (torch.nn.Parameter(torch.zeros(4)) for _ in range(2))
+    other.add_param_group({"params": [gone]})
+    scaler.scale(param_of(one).sum() + param_of(other).sum() + gone.sum()).backward()
+    scaler.unscale_(one)
+    scaler.unscale_(other)
+    scaler.step(one)
+    scaler.update(8.0)
+    gone.grad = None
+    other.add_param_group({"params": [late]})
+    (late.sum() * 4.0).backward()
+    scaler.step(other)
+    assert [p[0].item() for p in (param_of(other), late, gone)] == [-1.0, -1.0, 0.0]
+
+
+@pytest.mark.parametrize("coalesced", [False, True])
+def test_sparse_gradients_are_unscaled_once_too(coalesced):
+    table = torch.nn.Embedding(4, 2, sparse=True)
+    torch.nn.init.zeros_(table.weight)
+    scaler, one = ShardedGradScaler("cpu", init_scale=4.0), sgd()
+    other = torch.optim.SGD(table.parameters(), lr=1.0)
+    for _ in range(2):
+        one.zero_grad()
+        other.zero_grad()
+        rows = torch.tensor([1] if coalesced else [1, 1])
+        scaler.scale(param_of(one).sum() + table(rows).sum()).backward()
+        scaler.unscale_(one)
+        scaler.unscale_(other)
+        scaler.step(one)
+        scaler.update()
+        scaler.step(other)
+        scaler.update()
+    assert table.weight[1].tolist() == [-2.0 if coalesced else -4.0] * 2
+
+
+def test_a_scaler_that_has_never_begun_goes_by_the_update_as_torchs():
+    """It is scaled by hand, and nothing tells that gradients are new."""
+    scaler, optimizer = ShardedGradScaler("cpu", init_scale=4.0), sgd(16.0)
+    scaler.unscale_(optimizer)
+    scaler.update()
+    scaler.unscale_(optimizer)
+    assert param_of(optimizer).grad.tolist() == [1.0] * 4
+
+
+def test_a_parameter_of_two_optimizers_is_refused_across_the_update_too():
+    """Contract 14: its one gradient would be unscaled and applied twice."""
+    param = torch.nn.Parameter(torch.zeros(4))
+    one, other = (torch.optim.SGD([param], lr=1.0) for _ in range(2))
+    scaler = ShardedGradScaler("cpu", init_scale=4.0)
+    scaler.scale(param.sum()).backward()
+    scaler.step(one)
+    scaler.update()
+    with pytest.raises(LayoutError, match="is in two optimizers"):
+        scaler.step(other)
+    scaler.scale(param.sum()).backward()
+    param.grad = torch.full((4,), 4.0)
+    scaler.step(other)
+    assert param.tolist() == [-2.0] * 4
+
+
+def test_no_optimizer_is_kept_alive():
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.Adam(model.parameters())
+    scaler = ShardedGradScaler("cpu", model=model)
+    for _ in range(2):
+        scaler.scale(model(torch.ones(3)).sum()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    scaler.scale(model(torch.ones(3)).sum()).backward()
+    scaler.unscale_(optimizer)
+    scaler.update()
+    remains = [weakref.ref(x) for x in (model, optimizer, model.weight, model.weight.grad)]
+    del model, optimizer
+    gc.collect()
+    assert [ref() for ref in remains] == [None] * 4
 
 
 def test_between_two_steps_such_a_scaler_can_be_pickled():
