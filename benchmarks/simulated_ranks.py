@@ -103,7 +103,12 @@ def reduce_in_blocks(rank: int, size: int, num_rounds: int) -> dict[str, list[fl
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--to", type=Path, default=record.RESULTS / "training-step")
+    parser.add_argument(
+        "--to",
+        type=Path,
+        default=record.RESULTS / "training-step",
+        help="the folder to record in; without it the result that is kept there is written anew",
+    )
     chosen = parser.parse_args()
     groups = {
         "Simulated jobs": simulated(),

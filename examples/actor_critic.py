@@ -7,6 +7,7 @@ verdict: here the actor skips and the critic steps. `update` comes once, after b
 once if any of the verdicts was bad. The actor lies under FSDP2 and the critic under DDP.
 """
 
+import gc
 import os
 
 import torch
@@ -80,4 +81,5 @@ if __name__ == "__main__":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if on_gpu else "gloo")
     main("cuda" if on_gpu else "cpu")
+    gc.collect()  # what FSDP leaves behind can abort Python when it ends (torch 2.13)
     dist.destroy_process_group()

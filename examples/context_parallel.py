@@ -7,6 +7,7 @@ parts of the same ones. FSDP2 averages over both axes at once, so parameters are
 ranks, each rank counts its own rows, and nothing has to be declared.
 """
 
+import gc
 import os
 
 import torch
@@ -85,4 +86,5 @@ if __name__ == "__main__":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if on_gpu else "gloo")
     main("cuda" if on_gpu else "cpu")
+    gc.collect()  # what FSDP leaves behind can abort Python when it ends (torch 2.13)
     dist.destroy_process_group()

@@ -6,6 +6,7 @@ Who counts what: the router's parameters are DTensors on all ranks, which know t
 of an expert are plain tensors that no other rank holds: `copies=shardscale.distinct` says so.
 """
 
+import gc
 import os
 
 import torch
@@ -67,12 +68,10 @@ def main(device: str) -> None:
         scaler.step(optimizer)
         outcome = "skipped" if scaler.verdict(optimizer).found_inf else "stepped"
         scaler.update()
-
         loss = loss.detach() / size
         dist.all_reduce(loss)
         if rank == 0:
             print(f"step {step}: loss {loss:.4f}, norm {norm:.4f}, {outcome}")
-
     taken = int(optimizer.state[next(model.parameters())]["step"])  # AdamW's own count
     ranks = [None] * size
     dist.all_gather_object(ranks, (taken, scaler.get_scale()))
@@ -87,4 +86,5 @@ if __name__ == "__main__":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if on_gpu else "gloo")
     main("cuda" if on_gpu else "cpu")
+    gc.collect()  # what FSDP leaves behind can abort Python when it ends (torch 2.13)
     dist.destroy_process_group()

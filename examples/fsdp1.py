@@ -6,6 +6,7 @@ Who counts what: no two ranks hold the same piece, so each counts its own. The s
 the wrapped model, unit by unit; nothing has to be declared.
 """
 
+import gc
 import os
 
 import torch
@@ -67,4 +68,5 @@ if __name__ == "__main__":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if on_gpu else "gloo")
     main("cuda" if on_gpu else "cpu")
+    gc.collect()  # what FSDP leaves behind can abort Python when it ends (torch 2.13)
     dist.destroy_process_group()

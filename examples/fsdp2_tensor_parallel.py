@@ -7,6 +7,7 @@ outside the plan, so FSDP2 makes it a DTensor on `dp` alone. The other ranks of 
 same batch and so hold the same gradients of it; `copies=` says so.
 """
 
+import gc
 import os
 
 import torch
@@ -51,11 +52,9 @@ def main(device: str) -> None:
     fully_shard(model, mesh=mesh["dp"], mp_policy=half)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
 
-    def copies(name: str, param: Tensor) -> dist.ProcessGroup | None:
-        """Who else holds this gradient, besides what its own layout says."""
-        return mesh.get_group("tp") if name.startswith("head.") else None
-
-    scaler = ShardedGradScaler(device).attach(model, copies=copies)
+    scaler = ShardedGradScaler(device).attach(
+        model, copies=lambda name, param: mesh["tp"] if name.startswith("head.") else None
+    )
 
     for step in range(5):
         # 1e6 is beyond float16, and the last `tp` group alone sees it.
@@ -87,4 +86,5 @@ if __name__ == "__main__":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if on_gpu else "gloo")
     main("cuda" if on_gpu else "cpu")
+    gc.collect()  # what FSDP leaves behind can abort Python when it ends (torch 2.13)
     dist.destroy_process_group()

@@ -7,6 +7,7 @@ every replica, and the ranks of the first replica count theirs. DTensors know th
 nothing has to be declared.
 """
 
+import gc
 import os
 
 import torch
@@ -69,4 +70,5 @@ if __name__ == "__main__":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if on_gpu else "gloo")
     main("cuda" if on_gpu else "cpu")
+    gc.collect()  # what FSDP leaves behind can abort Python when it ends (torch 2.13)
     dist.destroy_process_group()

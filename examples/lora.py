@@ -7,6 +7,7 @@ each rank counts its own rows; DTensors know that themselves, and nothing has to
 may hold no row of a thin matrix: it takes part in every verdict all the same.
 """
 
+import gc
 import os
 
 import torch
@@ -77,4 +78,5 @@ if __name__ == "__main__":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if on_gpu else "gloo")
     main("cuda" if on_gpu else "cpu")
+    gc.collect()  # what FSDP leaves behind can abort Python when it ends (torch 2.13)
     dist.destroy_process_group()

@@ -7,6 +7,7 @@ or both skip. Under FSDP2 Muon's own step communicates, because it multiplies wh
 that skipped alone would leave the others waiting there.
 """
 
+import gc
 import os
 
 import torch
@@ -66,4 +67,5 @@ if __name__ == "__main__":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if on_gpu else "gloo")
     main("cuda" if on_gpu else "cpu")
+    gc.collect()  # what FSDP leaves behind can abort Python when it ends (torch 2.13)
     dist.destroy_process_group()

@@ -7,6 +7,7 @@ one: one verdict for all of its parts, and its `step` is called or not. Schedule
 see one object, too.
 """
 
+import gc
 import os
 from typing import Any
 
@@ -71,7 +72,6 @@ def main(device: str) -> None:
         dist.all_reduce(loss)
         if rank == 0:
             print(f"step {step}: loss {loss:.4f}, norm {norm:.4f}, {outcome}")
-
     taken = int(next(iter(optimizers.optimizers[0].state.values()))["step"])  # AdamW's own count
     ranks = [None] * size
     dist.all_gather_object(ranks, (taken, scaler.get_scale()))
@@ -86,4 +86,5 @@ if __name__ == "__main__":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if on_gpu else "gloo")
     main("cuda" if on_gpu else "cpu")
+    gc.collect()  # what FSDP leaves behind can abort Python when it ends (torch 2.13)
     dist.destroy_process_group()

@@ -7,6 +7,7 @@ its rows. What the other stages hold they cannot know: copies of this stage (it 
 other layers. `copies=shardscale.distinct` says that it is other layers.
 """
 
+import gc
 import os
 
 import torch
@@ -79,4 +80,5 @@ if __name__ == "__main__":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if on_gpu else "gloo")
     main("cuda" if on_gpu else "cpu")
+    gc.collect()  # what FSDP leaves behind can abort Python when it ends (torch 2.13)
     dist.destroy_process_group()

@@ -7,6 +7,7 @@ goes on. Every rank makes the scalers in the same order and calls them in the sa
 numbered as they are made, and a rank that mixes them up is a DisagreementError, not a wrong step.
 """
 
+import gc
 import os
 
 import torch
@@ -80,4 +81,5 @@ if __name__ == "__main__":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if on_gpu else "gloo")
     main("cuda" if on_gpu else "cpu")
+    gc.collect()  # what FSDP leaves behind can abort Python when it ends (torch 2.13)
     dist.destroy_process_group()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -72,9 +74,13 @@ def as_max_norm(max_norm: float | Tensor, device: torch.device) -> float | Tenso
                 "max_norm must be a number or a tensor of one element without requires_grad; found "
                 f"shape {tuple(max_norm.shape)}, requires_grad={max_norm.requires_grad}."
             )
-        if device.type != "cpu" and max_norm.device == device:
+        if device.type != "cpu" and max_norm.device == device and not max_norm.is_complex():
             return max_norm.reshape(()).float()
-        max_norm = float(max_norm.item())
-    if not max_norm >= 0:
+        max_norm = max_norm.item()
+    try:
+        number = float(max_norm)
+    except (TypeError, ValueError):
+        number = math.nan
+    if isinstance(max_norm, str) or not number >= 0:
         raise ConfigError(f"max_norm is {max_norm!r}, but must be a number that is not negative.")
-    return float(max_norm)
+    return number

@@ -12,9 +12,10 @@ __all__ = ["Factors"]
 
 
 class Factors:
-    """Mixed into the scaler; the numbers are its policy's."""
+    """Mixed into the scaler; the numbers are its policy's. A disabled one changes nothing."""
 
     if TYPE_CHECKING:
+        _enabled: bool
         _policy: ScalePolicy
 
     def get_growth_factor(self) -> float:
@@ -54,6 +55,8 @@ class Factors:
         self._change_policy(growth_interval=new_interval)
 
     def _change_policy(self, **changes: Any) -> None:
+        if not self._enabled:
+            return
         name = next(iter(changes))
         if not hasattr(self._policy, name):
             raise ConfigError(

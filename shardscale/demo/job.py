@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -52,6 +53,7 @@ def joined_group(device_type: str) -> Iterator[torch.device]:
     backend = "nccl" if device_type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(seconds=TIMEOUT_S))
     yield device
+    gc.collect()  # what FSDP leaves behind can abort Python when it ends (torch 2.13)
     # Not after an error: closing the connections then would make the others
     # fail as well, and one of them could be the first to be noticed and blamed.
     dist.destroy_process_group()

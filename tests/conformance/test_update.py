@@ -290,6 +290,8 @@ def test_a_factor_out_of_range_or_that_the_policy_has_not_is_refused():
     constant = ShardedGradScaler("cpu", policy=ConstantScale())
     with pytest.raises(ConfigError, match="ConstantScale has no such number"):
         constant.set_backoff_factor(0.5)
+    disabled = ShardedGradScaler("cpu", enabled=False)
+    disabled.set_growth_factor(3.0)  # as torch's, which nothing reads
 
 
 def two_optimizers_and_an_update_between(make, how):

@@ -78,6 +78,7 @@ def test_any_other_number_of_ranks_works(printed, name):
     found = printed(name, 3)
     assert found.outcomes == SKIPS_THE_THIRD
     assert found.ranks == [(4, 2.0**15)] * 3
+    assert [math.isfinite(loss) for loss in found.losses] == [True, True, False, True, True]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -310,6 +310,15 @@ def try_to_capture(rank, size):
     eager = Job(group=group, sync=True)
     attempt("sync", eager.iterate)
 
+    begun = Job(group=group)
+    begun.scaler.begin()
+    begun.scaler.step(begun.optimizer)
+    begun.scaler.update()
+    own = torch.nn.Parameter(torch.ones(3, device=NAME))
+    own.grad = torch.zeros_like(own)
+    late = torch.optim.SGD([own], lr=0.5, fused=True)
+    attempt("begun outside", lambda: (begun.scaler.step(late), begun.scaler.update()))
+
     setting = Job(group=group)
 
     def set_scale():
@@ -326,6 +335,7 @@ REASONS = {
     "finished outside": "the calls that belong to it come outside",
     "host decides": "the host has to read its verdict. Make the optimizers with fused=True",
     "sync": "with sync=True the host reads every verdict",
+    "begun outside": "this iteration began before an update outside of the graph",
     "new scale": r"update(new_scale) cannot be captured. Call it between two replays",
 }
 

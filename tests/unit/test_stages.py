@@ -124,7 +124,9 @@ def test_clipping_is_torchs(max_norm, disabled):
     torch.testing.assert_close(got, expected, rtol=2e-7, atol=0.0)
 
 
-@pytest.mark.parametrize("max_norm", [-1.0, math.nan])
+@pytest.mark.parametrize(
+    "max_norm", [-1.0, math.nan, None, "1", torch.tensor(1j), torch.tensor(-1.0)]
+)
 def test_a_norm_that_is_none_is_refused_before_anything_happens(max_norm):
     scaler, optimizer = ShardedGradScaler("cpu"), sgd()
     with pytest.raises(ConfigError, match="max_norm is"):
