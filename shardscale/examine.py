@@ -18,7 +18,7 @@ from shardscale.placements import align_
 from shardscale.records import Members, ScaleState, ShardStats
 from shardscale.shards import LocalShards, local_shards, params_of
 from shardscale.stages import Stages
-from shardscale.stamps import Stamps
+from shardscale.stamps import Stamps, those_alive
 
 __all__ = ["Examiner", "Question", "nothing_found"]
 
@@ -135,7 +135,10 @@ class Examiner:
         iteration = self._stamps.iteration
         together = self._stages.of_one_backward(optimizers, iteration)
         known = set(map(id, together))
-        together = [*(one for one in iteration.stepped if id(one) not in known), *together]
+        together = [
+            *(one for one in those_alive(iteration.stepped) if id(one) not in known),
+            *together,
+        ]
         seen: set[int] = set()
         for optimizer in together if len(together) > 1 else ():
             mine = {id(p): p for p in params_of(optimizer) if p.grad is not None}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -13,7 +13,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from shardscale.records import Agreement
 
-__all__ = ["Stamps", "Unscaled"]
+__all__ = ["Stamps", "Unscaled", "those_alive"]
+
+# Optimizers, told apart by identity and not kept alive: id -> weak reference.
+_Refs = dict[int, Any]
 
 
 class Unscaled(NamedTuple):
@@ -36,26 +39,6 @@ class _Kept(NamedTuple):
     made_with: Tensor  # () float32: the scale they were made with, or that of now if they are zero
 
 
-class _Ones:
-    """Some optimizers, told apart by identity; none is kept alive."""
-
-    def __init__(self) -> None:
-        self._refs: dict[int, Any] = {}
-
-    def add(self, optimizer: Any) -> None:
-        try:
-            self._refs[id(optimizer)] = weakref.ref(optimizer)
-        except TypeError:  # a container that no weak reference can be made to
-            self._refs[id(optimizer)] = lambda: optimizer
-
-    def __contains__(self, optimizer: Any) -> bool:
-        ref = self._refs.get(id(optimizer))
-        return ref is not None and ref() is optimizer
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter([one for ref in self._refs.values() if (one := ref()) is not None])
-
-
 @dataclass
 class Iteration:
     """What happened since the newest ``begin``, or since the scaler was made."""
@@ -64,8 +47,8 @@ class Iteration:
     graph_task: int = -1  # of the backward pass inside which it began; -1 outside
     stamp: Tensor | None = None  # () float32: its scale, if that may have changed since
     in_graph: bool = False  # whether the stamp was made by a graph that is captured
-    stepped: _Ones = field(default_factory=_Ones)
-    unscaled: list[tuple[Any, Unscaled]] = field(default_factory=list)  # weak references first
+    stepped: _Refs = field(default_factory=dict)
+    unscaled: list[tuple[Any, Unscaled]] = field(default_factory=list)  # a weak reference first
     num_unscaled_empty: int = 0  # unscaled calls without an optimizer, likewise closed
 
 
@@ -93,7 +76,7 @@ class Stamps:
     def __init__(self, attached: Attached | None = None) -> None:
         self.iteration = Iteration(has_begun=False)
         self._attached = attached
-        self._known = _Ones()
+        self._known: _Refs = {}
         self._kept: dict[int, _Kept] = {}
         self._num_complete = 0  # so many attached parameters were all in optimizers that are known
 
@@ -103,7 +86,9 @@ class Stamps:
         Sync: none on an accelerator.
         """
         if self.iteration.stamp is not None:
-            waiting = [one for one in self._known if one not in self.iteration.stepped]
+            self._known = {key: ref for key, ref in self._known.items() if ref() is not None}
+            stepped = self.iteration.stepped
+            waiting = [one for one in those_alive(self._known) if not _has(stepped, one)]
             kept = {id(one): self._keep(id(one), _params(one), newest, one) for one in waiting}
             kept[_UNSEEN] = self._keep(_UNSEEN, self._params_unseen(), newest)
             self._kept = {key: found for key, found in kept.items() if found is not None}
@@ -147,7 +132,7 @@ class Stamps:
         for optimizer in optimizers:
             self._kept.pop(id(optimizer), None)
             if self.iteration.has_begun:
-                self.iteration.stepped.add(optimizer)
+                self.iteration.stepped[id(optimizer)] = _weak(optimizer)
 
     def of(self, optimizers: Sequence[Any], newest: Tensor) -> Tensor:
         """The scale, () float32, that these optimizers' gradients were made with.
@@ -155,13 +140,13 @@ class Stamps:
         A call without optimizers is one on behalf of other ranks' ones, which have not stepped.
         """
         stamp, stepped = self.iteration.stamp, self.iteration.stepped
-        if stamp is None or (optimizers and all(one in stepped for one in optimizers)):
+        if stamp is None or (optimizers and all(_has(stepped, one) for one in optimizers)):
             return newest
         return stamp
 
     def unscaled_before(self, optimizer: Any) -> Unscaled | None:
         """The gradients of an optimizer that were unscaled before an update of this iteration."""
-        if not self.iteration.unscaled or optimizer in self.iteration.stepped:
+        if not self.iteration.unscaled or _has(self.iteration.stepped, optimizer):
             return None
         mine = [found for ref, found in self.iteration.unscaled if ref() is optimizer]
         return mine[-1] if mine else None
@@ -172,9 +157,9 @@ class Stamps:
         Returns:
             () float32, equal to this iteration's scale where all is well; None if nothing is left.
         """
-        key = id(optimizer) if optimizer in self._known else _UNSEEN
+        key = id(optimizer) if _has(self._known, optimizer) else _UNSEEN
         if key == _UNSEEN:
-            self._known.add(optimizer)
+            self._known[id(optimizer)] = _weak(optimizer)
         kept = self._kept.get(key)
         return kept.made_with if kept and kept.places & _places(_params(optimizer)) else None
 
@@ -182,7 +167,7 @@ class Stamps:
         """Attached parameters to train that are in no optimizer seen so far."""
         if self._attached is None or self._num_complete == len(self._attached):
             return []
-        seen = {id(p) for optimizer in self._known for p in _params(optimizer)}
+        seen = {id(p) for optimizer in those_alive(self._known) for p in _params(optimizer)}
         unseen = [p for p in self._attached.params() if p.requires_grad and id(p) not in seen]
         if not unseen:
             self._num_complete = len(self._attached)
@@ -209,6 +194,16 @@ class Stamps:
 
 
 _UNSEEN = 0  # is no object's id; the attached parameters whose optimizer was not seen yet
+
+
+def those_alive(refs: _Refs) -> list[Any]:
+    """The optimizers behind the references that still exist."""
+    return [one for ref in refs.values() if (one := ref()) is not None]
+
+
+def _has(refs: _Refs, optimizer: Any) -> bool:
+    ref = refs.get(id(optimizer))
+    return ref is not None and ref() is optimizer
 
 
 def _weak(optimizer: Any) -> Any:
