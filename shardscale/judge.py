@@ -207,7 +207,7 @@ class Judge:
         if not captured:
             self.ledger.turn(self.num_updates, state.scale, next_scale, agreements, floor)
             self.num_updates += 1
-            if self.replays is None and state.scale.device.type != "cpu":
+            if self.replays is None and not state.scale.is_cpu:
                 self.replays = Replays(state.scale.device)
         self.stages.clear()
         self._is_captured = None
@@ -218,7 +218,7 @@ class Judge:
         Raises:
             StageError: it cannot be captured, or only a part of its iteration was.
         """
-        captured = is_capturing(state.scale.device)
+        captured = not state.scale.is_cpu and is_capturing(state.scale.device)
         if captured:
             is_alone = self.bond.communicator() is None
             is_warm = self.replays is not None and (is_alone or self._previous is not None)
@@ -286,12 +286,11 @@ class Judge:
 
     def _stamp_of(self, question: Question, state: ScaleState) -> Tensor:
         """The scale, () float32, that the gradients have: 1 where they were unscaled before."""
-        unscaled = self.stamps.iteration.num_unscaled_empty > 0
-        if question.optimizers:
-            entries = [self.stages.of(optimizer) for optimizer in question.optimizers]
-            unscaled = any(
-                not e.was_judged and self.stamps.unscaled_before(e.optimizer) for e in entries
-            )
+        iteration, stages = self.stamps.iteration, self.stages
+        unscaled = iteration.num_unscaled_empty > 0 and not question.optimizers
+        for optimizer in question.optimizers if iteration.unscaled else ():
+            is_open = not stages.of(optimizer).was_judged
+            unscaled = unscaled or (is_open and self.stamps.unscaled_before(optimizer) is not None)
         if unscaled:
             return torch.ones_like(state.scale)
         return self.stamps.of(question.optimizers, state.scale)

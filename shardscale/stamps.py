@@ -86,12 +86,7 @@ class Stamps:
         Sync: none on an accelerator.
         """
         if self.iteration.stamp is not None:
-            self._known = {key: ref for key, ref in self._known.items() if ref() is not None}
-            stepped = self.iteration.stepped
-            waiting = [one for one in those_alive(self._known) if not _has(stepped, one)]
-            kept = {id(one): self._keep(id(one), _params(one), newest, one) for one in waiting}
-            kept[_UNSEEN] = self._keep(_UNSEEN, self._params_unseen(), newest)
-            self._kept = {key: found for key, found in kept.items() if found is not None}
+            self._look_at_what_is_left(newest)
         self.open()
         self.iteration.graph_task = torch._C._current_graph_task_id()
 
@@ -162,6 +157,16 @@ class Stamps:
             self._known[id(optimizer)] = _weak(optimizer)
         kept = self._kept.get(key)
         return kept.made_with if kept and kept.places & _places(_params(optimizer)) else None
+
+    def _look_at_what_is_left(self, newest: Tensor) -> None:
+        if len(self._known) > len(self.iteration.stepped):
+            self._known = {key: ref for key, ref in self._known.items() if ref() is not None}
+        waiting = [one for one in those_alive(self._known) if not _has(self.iteration.stepped, one)]
+        unseen = self._params_unseen()
+        if waiting or unseen or self._kept:
+            kept = {id(one): self._keep(id(one), _params(one), newest, one) for one in waiting}
+            kept[_UNSEEN] = self._keep(_UNSEEN, unseen, newest)
+            self._kept = {key: found for key, found in kept.items() if found is not None}
 
     def _params_unseen(self) -> list[Tensor]:
         """Attached parameters to train that are in no optimizer seen so far."""
