@@ -124,7 +124,7 @@ class Stamps:
 
     def mark_stepped(self, optimizers: Sequence[Any]) -> None:
         """These optimizers have consumed their gradients."""
-        for optimizer in optimizers:
+        for optimizer in optimizers or [_NOBODY]:
             self._kept.pop(id(optimizer), None)
             if self.iteration.has_begun:
                 self.iteration.stepped[id(optimizer)] = _weak(optimizer)
@@ -132,10 +132,11 @@ class Stamps:
     def of(self, optimizers: Sequence[Any], newest: Tensor) -> Tensor:
         """The scale, () float32, that these optimizers' gradients were made with.
 
-        A call without optimizers is one on behalf of other ranks' ones, which have not stepped.
+        Calls without optimizers are taken for calls with one and the same. Whoever makes them
+        cannot tell the second optimizer of other ranks from the first one's next iteration.
         """
         stamp, stepped = self.iteration.stamp, self.iteration.stepped
-        if stamp is None or (optimizers and all(_has(stepped, one) for one in optimizers)):
+        if stamp is None or all(_has(stepped, one) for one in optimizers or [_NOBODY]):
             return newest
         return stamp
 
@@ -198,6 +199,13 @@ class Stamps:
         return _Kept(places, torch.where(_any_nonzero(params, newest), before, newest))
 
 
+class _Nobody:
+    """Stands for an optimizer in calls without one."""
+
+    param_groups = ()
+
+
+_NOBODY = _Nobody()
 _UNSEEN = 0  # is no object's id; the attached parameters whose optimizer was not seen yet
 
 
