@@ -73,7 +73,7 @@ class Judge:
         Collective: every rank of the group must call; sends 2 float64, once. Before that, the ranks
             of a mesh that has Partial gradients sum these.
         """
-        captured = self._is_captured = self.is_captured(state)
+        captured = self.is_captured(state)
         comm = self.bond.communicator()
         fault: Exception | None = question.mistake
         fault = fault or mistake_inside_backward(question.method, self.stamps.iteration.graph_task)
@@ -104,6 +104,7 @@ class Judge:
             if self.replays is not None and self.replays.has_captured:
                 self._previous = self.replays.remember_(agreement)
         self.stages.num_calls += 1
+        self._is_captured = captured
         if not captured:
             self.ledger.note(Unread(agreement, call, fault))
         if fault is not None:

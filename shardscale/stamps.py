@@ -160,7 +160,7 @@ class Stamps:
         return kept.made_with if kept and kept.places & _places(_params(optimizer)) else None
 
     def _look_at_what_is_left(self, newest: Tensor) -> None:
-        if len(self._known) > len(self.iteration.stepped):
+        if len(self._known) > len(self.iteration.stepped):  # else none is gone
             self._known = {key: ref for key, ref in self._known.items() if ref() is not None}
         waiting = [one for one in those_alive(self._known) if not _has(self.iteration.stepped, one)]
         unseen = self._params_unseen()

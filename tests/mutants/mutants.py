@@ -34,6 +34,8 @@ _JOB = "tests/conformance/test_whole_job_in_threads.py"
 _SHARDS = "tests/unit/test_shards.py"
 _STAMPS = "tests/unit/test_stamps.py"
 _GATE = "tests/unit/test_gate.py"
+_REPLAY = "tests/unit/test_replay.py"
+_CAPTURE = "tests/ranks/test_capture.py"
 _ORDER = "tests/ranks/test_wrong_order.py"
 _LATE = "tests/ranks/test_late_reading.py"
 _POLICY = "tests/unit/test_policy.py"
@@ -90,11 +92,10 @@ MUTANTS = [
     Mutant(
         "fused optimizers step on this rank's own findings",
         "shardscale/judge.py",
-        "        if comm is None:\n            if fault is not None:\n",
+        "        if comm is None:\n            agreement",
         """\
         if comm is None or (all(map(question.leaves_scaled, question.optimizers))):
-            if fault is not None:
-""",
+            agreement""",
         (
             f"{_TORCH}::test_f1_fused_optimizers_skip_together[ours]",
             f"{_SKIP}::test_all_ranks_skip_when_any_overflows[AdamW-2]",
@@ -221,12 +222,8 @@ MUTANTS = [
     Mutant(
         "clip_grad_norm_ unscales what unscale_ has unscaled",
         "shardscale/examine.py",
-        """\
-            if not entry.is_unscaled:
-                inv_scale = kernels""",
-        """\
-            if True:
-                inv_scale = kernels""",
+        "            elif not entry.is_unscaled:\n",
+        "            else:\n",
         (f"{_NORM}[DDP-2]",),
     ),
     Mutant(
@@ -298,8 +295,8 @@ MUTANTS = [
     Mutant(
         "who never begins is unscaled by the first scale",
         "shardscale/stamps.py",
-        "if self.iteration.stamp is None and self.iteration.has_begun:",
-        "if self.iteration.stamp is None:",
+        "        if not iteration.has_begun:\n            return\n",
+        "",
         (f"{_STAMPS}::test_who_never_begins_is_unscaled_by_the_newest_scale",),
     ),
     Mutant(
@@ -312,8 +309,8 @@ MUTANTS = [
     Mutant(
         "an update forgets which gradients are unscaled",
         "shardscale/judge.py",
-        "            state.scale, stages.left_unscaled(), stages.num_unused_empty, captured\n",
-        "            state.scale, (), stages.num_unused_empty, captured\n",
+        "(state.scale, stages.left_unscaled(), stages.num_unused_empty, captured)",
+        "(state.scale, (), stages.num_unused_empty, captured)",
         (
             f"{_STAMPS}::test_an_update_in_between_does_not_make_unscaled_gradients_scaled_again",
             f"{_STAMPS}::test_a_joint_verdict_of_the_other_optimizer_stays_bad_across_the_update",
@@ -356,8 +353,8 @@ MUTANTS = [
     Mutant(
         "a gated optimizer's state is not put back",
         "shardscale/gate.py",
-        "        for param, key, value in copies:\n",
-        "        for param, key, value in [c for c in copies if c.key is None]:\n",
+        "        for param, key, value in frame.copies:\n            now",
+        "        for param, key, value in [c for c in frame.copies if not c.key]:\n            now",
         (f"{_GATE}::test_a_gated_optimizer_ends_where_one_ends_that_the_host_skips",),
     ),
     Mutant(
@@ -373,8 +370,8 @@ MUTANTS = [
     Mutant(
         "an optimizer may run inside backward",
         "shardscale/judge.py",
-        "        fault = fault or mistake_inside_backward(question.method)\n",
-        "",
+        "        fault = fault or mistake_inside_backward(question.method, ",
+        "        fault = fault or (lambda *_: None)(question.method, ",
         (f"{_ORDER}::test_a_step_inside_backward_is_refused_with_the_reason",),
     ),
     Mutant(
@@ -605,5 +602,43 @@ MUTANTS = [
         "    if group.reduce_grads and group._partial_reduce_output is None:\n",
         "    if group.reduce_grads:\n",
         (f"{_WITHHELD}::test_gradients_that_have_not_met_the_other_replicas_are_an_error",),
+    ),
+    Mutant(
+        "a graph repeats the salt of its capture",
+        "shardscale/verdict.py",
+        "(call.num_replayed * _STRIDE % 2**29 * 2 + 1)",
+        "1",
+        (f"{_REPLAY}::test_a_miss_is_not_repeated_by_the_next_replay",),
+    ),
+    Mutant(
+        "a replay forgets the verdict before it",
+        "shardscale/replay.py",
+        "            mine.copy_(new)\n        return self._previous",
+        "            pass\n        return agreement",
+        (f"{_CAPTURE}::test_ranks_that_drift_apart_during_replays_stop_together_for_good",),
+    ),
+    Mutant(
+        "a gate is opened by the step inside the step",
+        "shardscale/gate.py",
+        "            self._frames.append(None)\n            return\n",
+        "            self._frames[:] = [None]\n            return\n",
+        (f"{_GATE}::test_a_step_that_calls_the_one_it_overrides_is_gated_once",),
+    ),
+    Mutant(
+        "calls without an optimizer do not know what is unscaled",
+        "shardscale/judge.py",
+        "iteration.num_unscaled_empty > 0 and not question.optimizers",
+        "False",
+        (f"{_DISAGREE}::test_ranks_of_few_optimizers_unscale_as_the_others[(3, 3, 0)-True-False]",),
+    ),
+    Mutant(
+        "one rank's writing decides what it divides",
+        "shardscale/stamps.py",
+        "or not found <= self.places}",
+        "or any(p.grad._version > 2 for _ in found)}",
+        (
+            f"{_DISAGREE}::test_what_one_rank_writes_to_unscaled_gradients_divides_them_nowhere_again"
+            "[False]",
+        ),
     ),
 ]
