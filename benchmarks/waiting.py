@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -24,9 +25,11 @@ MAKERS: dict[str, Callable[..., Any]] = {
 }
 SIZES = {"16 tensors of 1 MiB": (16, 2**18), "400 tensors of 64 elements": (400, 64)}
 NOTE = (
-    "On the CPU, where nothing is gained by it: what is gained is a wait for a GPU. The new "
-    "buffers are first touched here, which costs a CPU more than a GPU's allocator."
+    "On the CPU, with the flag taken for one on a device, which nobody may look at: a copy, a step "
+    "and a selection. The new buffers are first touched here, and torch's selection by one flag is "
+    "not vectorised, which costs a CPU more than a GPU."
 )
+ON_HOST = "As it is on the CPU: the flag lies on the host, so a good step is seen to be good."
 
 
 def rows(num_rounds: int) -> list[Row]:
@@ -86,42 +89,73 @@ def gating(num_rounds: int) -> list[Row]:
     found = []
     for size, (num, numel) in SIZES.items():
         for name, make in MAKERS.items():
-            ways = {"plain": step(make, num, numel, False), "gated": step(make, num, numel, True)}
-            ways["pass"] = one_pass(make, num, numel)
+            ways = {
+                "plain": step(make, num, numel),
+                "on the host": step(make, num, numel, skip_on_device),
+                "as on a device": step(make, num, numel, gate_blindly),
+                "pass": one_pass(make, num, numel),
+            }
             taken = in_turns(ways, num_rounds)
-            times = zip(taken["plain"], taken["gated"], taken["pass"], strict=True)
-            passes = [(gated - ungated) / one for ungated, gated, one in times]
-            middle = quantile(passes, 0.5)
-            ratio = quantile(taken["gated"], 0.5) / quantile(taken["plain"], 0.5)
-            found.append(
-                Row(
-                    f"gated {name}, {size}: {ratio:.2f} x the step",
-                    "us",
-                    1e6 * quantile(taken["gated"], 0.5),
-                    1e6 * quantile(taken["plain"], 0.5),
-                    (middle, quantile(passes, 0.2), quantile(passes, 0.8)),
-                    "added / one pass",
-                    "<= 1",
-                    middle <= 1,
-                    NOTE,
-                )
-            )
+            for way, note in (("on the host", ON_HOST), ("as on a device", NOTE)):
+                found.append(gated(f"{name}, {size}, flag {way}", taken, way, note))
     return found
 
 
-def step(make: Callable[..., Any], num: int, numel: int, gated: bool) -> Callable[[], float]:
+def gated(what: str, taken: dict[str, list[float]], way: str, note: str) -> Row:
+    """One row: a gated step beside a plain one, the difference in passes."""
+    times = zip(taken["plain"], taken[way], taken["pass"], strict=True)
+    passes = [(mine - ungated) / one for ungated, mine, one in times]
+    middle = quantile(passes, 0.5)
+    ratio = quantile(taken[way], 0.5) / quantile(taken["plain"], 0.5)
+    return Row(
+        f"gated {what}: {ratio:.2f} x the step",
+        "us",
+        1e6 * quantile(taken[way], 0.5),
+        1e6 * quantile(taken["plain"], 0.5),
+        (middle, quantile(passes, 0.2), quantile(passes, 0.8)),
+        "added / one pass",
+        "<= 1",
+        middle <= 1,
+        note,
+    )
+
+
+def gate_blindly(optimizer: Any) -> Any:
+    """As `skip_on_device`; `hidden_flags` then does what a device would."""
+    return skip_on_device(optimizer)
+
+
+@contextmanager
+def hidden_flags(hides: bool) -> Iterator[None]:
+    """Within, a gate takes flags on the host for flags on a device."""
+    knows = skip_on_device.__globals__["_is_on_host"]  # no part of the library is open to this
+    if hides:
+        skip_on_device.__globals__["_is_on_host"] = lambda found_inf: False
+    try:
+        yield
+    finally:
+        skip_on_device.__globals__["_is_on_host"] = knows
+
+
+def step(
+    make: Callable[..., Any],
+    num: int,
+    numel: int,
+    gate: Callable[[Any], Any] | None = None,
+) -> Callable[[], float]:
     """A function that steps once with a good verdict and returns the seconds of that."""
     optimizer = make(plain(num, numel))
     good = torch.zeros(())
-    if gated:
-        skip_on_device(optimizer)
+    if gate:
+        gate(optimizer)
 
     def run() -> float:
-        if gated:
+        if gate:
             optimizer.found_inf = good
-        started = time.perf_counter()
-        optimizer.step()
-        return time.perf_counter() - started
+        with hidden_flags(gate is gate_blindly):
+            started = time.perf_counter()
+            optimizer.step()
+            return time.perf_counter() - started
 
     return run
 

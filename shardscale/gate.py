@@ -25,7 +25,8 @@ def skip_on_device(optimizer: AnyOptimizer) -> AnyOptimizer:
     Its step is always run. Before it, parameters and state are copied; after it, they are put back
     where the verdict was bad. Both are selections, not arithmetic, so a good step gives the bits
     that it gives without this, and a bad one leaves every bit alone. The optimizer then follows the
-    contract of fused ones: ``grad_scale`` and ``found_inf``.
+    contract of fused ones: ``grad_scale`` and ``found_inf``. Where the flag lies on the host, which
+    can look at it for free, nothing is copied for a good step.
 
     Worth it on an accelerator, for an optimizer that has no ``fused=True``. It must be a
     ``torch.optim.Optimizer`` whose step changes nothing but its parameters and tensors of its
@@ -97,6 +98,7 @@ class _Gate:
         # A step that calls the one it overrides runs the hooks twice, one call inside the other.
         # The inner one finds no flag: None stands for it, as for a step without a scaler.
         self._frames: list[_Frame | None] = []
+        self._is_proven = False  # a step was seen that changes only what can be put back
 
     def before(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         """Copy what the step may change."""
@@ -112,19 +114,11 @@ class _Gate:
         grad_scale = given.get("grad_scale")
         if grad_scale is not None:
             _unscale_(optimizer, grad_scale)
-        params = list(params_of(optimizer))
-        live = [
-            _Copy(p, key, _local(value))
-            for p in params
-            for key, value in [(None, p), *_state(optimizer, p).items()]
-        ]
-        _require_on_one_device(optimizer, live)
-        values = [copy.value for copy in live]
-        saved = [torch.empty_like(value) for value in values]
-        if values:
-            torch._foreach_copy_(saved, values)
-        copies = [old._replace(value=v) for old, v in zip(live, saved, strict=True)]
-        had = [(p, set(_state(optimizer, p))) for p in params]
+        if self._is_proven and _is_on_host(found_inf) and not found_inf.item():
+            self._frames.append(_Frame(given, [], [], []))  # a good step, as the host sees for free
+            return
+        copies = _copies(optimizer)
+        had = [(p, set(_state(optimizer, p))) for p in params_of(optimizer)]
         self._frames.append(_Frame(given, copies, had, _settings(optimizer)))
 
     @torch.no_grad()
@@ -135,18 +129,15 @@ class _Gate:
         if frame is None:
             return
         vars(optimizer).update(frame.given)  # whoever set them takes them off
+        if not frame.had:  # it was seen to be good, or has no parameters
+            return
         found_inf = frame.given["found_inf"]
         assert found_inf is not None
         reason = _why_it_cannot_be_put_back(optimizer, frame)
         if reason:
             found_inf = torch.ones_like(found_inf)
-        bad_on = {d: found_inf.to(d) > 0 for d in {old.value.device for old in frame.copies}}
-        for param, key, value in frame.copies:
-            now = _now(optimizer, param, key)
-            if _is_alike(now, value):
-                torch.where(bad_on[value.device], value, now, out=now)
-            else:  # there is a reason, so that the old one comes back in any case
-                optimizer.state[param][key] = value
+        self._is_proven = not reason
+        _put_back_(optimizer, frame.copies, found_inf)
         # What did not exist before cannot be put back by a selection; this once, the host asks.
         fresh = [(p, had) for p, had in frame.had if set(_state(optimizer, p)) - had]
         if fresh and found_inf.item():
@@ -173,6 +164,37 @@ def _why_it_cannot_be_put_back(optimizer: Any, frame: _Frame) -> str | None:
         if not _is_alike(_now(optimizer, param, key), value):
             return f"{name}.step() changes the shape or dtype of {key!r} of its state, or drops it"
     return None
+
+
+def _copies(optimizer: Any) -> list[_Copy]:
+    live = [
+        _Copy(p, key, _local(value))
+        for p in params_of(optimizer)
+        for key, value in [(None, p), *_state(optimizer, p).items()]
+    ]
+    _require_on_one_device(optimizer, live)
+    values = [old.value for old in live]
+    saved = [torch.empty_like(value) for value in values]
+    if values:
+        torch._foreach_copy_(saved, values)
+    return [old._replace(value=v) for old, v in zip(live, saved, strict=True)]
+
+
+def _put_back_(optimizer: Any, copies: Sequence[_Copy], found_inf: Tensor) -> None:
+    """Where the flag is set: by selection on a device, by not selecting anything on the host."""
+    if _is_on_host(found_inf) and not found_inf.item():
+        return
+    bad_on = {d: found_inf.to(d) > 0 for d in {old.value.device for old in copies}}
+    for param, key, value in copies:
+        now = _now(optimizer, param, key)
+        if _is_alike(now, value):
+            torch.where(bad_on[value.device], value, now, out=now)
+        else:  # the step is refused, so that the old one comes back in any case
+            optimizer.state[param][key] = value
+
+
+def _is_on_host(found_inf: Tensor) -> bool:
+    return found_inf.is_cpu
 
 
 def _unscale_(optimizer: Any, grad_scale: Tensor) -> None:
