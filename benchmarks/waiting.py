@@ -90,11 +90,10 @@ def gating(num_rounds: int) -> list[Row]:
     for size, (num, numel) in SIZES.items():
         for name, make in MAKERS.items():
             ways = {
-                "plain": step(make, num, numel),
-                "on the host": step(make, num, numel, skip_on_device),
-                "as on a device": step(make, num, numel, gate_blindly),
-                "pass": one_pass(make, num, numel),
+                flag: step(make, num, numel, flag)
+                for flag in ("plain", "on the host", "as on a device")
             }
+            ways["pass"] = one_pass(make, num, numel)
             taken = in_turns(ways, num_rounds)
             for way, note in (("on the host", ON_HOST), ("as on a device", NOTE)):
                 found.append(gated(f"{name}, {size}, flag {way}", taken, way, note))
@@ -120,11 +119,6 @@ def gated(what: str, taken: dict[str, list[float]], way: str, note: str) -> Row:
     )
 
 
-def gate_blindly(optimizer: Any) -> Any:
-    """As `skip_on_device`; `hidden_flags` then does what a device would."""
-    return skip_on_device(optimizer)
-
-
 @contextmanager
 def hidden_flags(hides: bool) -> Iterator[None]:
     """Within, a gate takes flags on the host for flags on a device."""
@@ -137,22 +131,24 @@ def hidden_flags(hides: bool) -> Iterator[None]:
         skip_on_device.__globals__["_is_on_host"] = knows
 
 
-def step(
-    make: Callable[..., Any],
-    num: int,
-    numel: int,
-    gate: Callable[[Any], Any] | None = None,
-) -> Callable[[], float]:
-    """A function that steps once with a good verdict and returns the seconds of that."""
+def step(make: Callable[..., Any], num: int, numel: int, flag: str) -> Callable[[], float]:
+    """A function that steps once with a good verdict and returns the seconds of that.
+
+    Args:
+        make: Makes the optimizer.
+        num: How many parameters it has.
+        numel: How many elements each of them has.
+        flag: "plain" for none, else where the gate is to find it.
+    """
     optimizer = make(plain(num, numel))
     good = torch.zeros(())
-    if gate:
-        gate(optimizer)
+    if flag != "plain":
+        skip_on_device(optimizer)
 
     def run() -> float:
-        if gate:
+        if flag != "plain":
             optimizer.found_inf = good
-        with hidden_flags(gate is gate_blindly):
+        with hidden_flags(flag == "as on a device"):
             started = time.perf_counter()
             optimizer.step()
             return time.perf_counter() - started
