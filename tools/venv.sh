@@ -33,7 +33,8 @@ reaches_cpu_index() {
 }
 
 # The folder is part of the key: a virtual environment that was moved or copied is of no use.
-key="$(cat pyproject.toml tools/venv.sh | cksum) $torch $(pwd)"
+# The sources in C are, too: they are compiled when shardscale is installed.
+key="$(cat pyproject.toml tools/venv.sh shardscale/kernels/native/*.[ch] 2>/dev/null | cksum) $torch $(pwd)"
 
 # A PYTHON that was named must be the one in .venv, or the wrong one would be tested in silence.
 if [ -n "${PYTHON:-}" ] && [ -x "$venv_python" ]; then
