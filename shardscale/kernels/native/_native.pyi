@@ -40,9 +40,7 @@ def check_(
 def scale_(grads: Iterable[Tensor], factor: Tensor, num_threads: int, /) -> bool:
     """Multiply each gradient by ``factor``, () float32; exactly 1 returns before any is read."""
 
-def count(
-    grads: Iterable[Tensor], num_threads: int, /
-) -> list[tuple[int, int, float]] | None:
+def count(grads: Iterable[Tensor], num_threads: int, /) -> list[tuple[int, int, float]] | None:
     """Of each gradient the number of Inf, that of NaN, and the largest magnitude.
 
     The magnitude is Inf if there is an Inf, and NaN if there is a NaN.
@@ -60,9 +58,7 @@ def gather(params: Iterable[Tensor], /) -> tuple[list[Tensor], list[Tensor]] | N
 def addresses(grads: Iterable[Tensor], /) -> bytes | None:
     """The address and the number of elements of each gradient, as pairs of int64."""
 
-def init(
-    tensor_type: type, parameter_type: type, dtensor_type: type, capsule: object, /
-) -> None:
+def init(tensor_type: type, parameter_type: type, dtensor_type: type, capsule: object, /) -> None:
     """Learn the types, and from torch's capsule how to read a tensor; until then none is read.
 
     Raises:
