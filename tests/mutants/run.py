@@ -3,8 +3,8 @@
     python tests/mutants/run.py [words]     # only mutants whose name holds one of these words
 
 A mutant is caught when each test that it names fails on it, in its call: a test that cannot be
-collected or set up shows nothing, and neither does a mutant that is no longer valid Python. All the
-tests named must pass on an unmutated copy.
+collected or set up shows nothing, and neither does a mutant that is no longer valid Python or, if
+it is in C, does not compile. All the tests named must pass on an unmutated copy.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 from collections.abc import Sequence
@@ -90,11 +91,17 @@ def why_stale(mutant: Mutant) -> str | None:
             f"STALE   {mutant.name}: its text occurs {found} times in {mutant.file}, not once; "
             f"mend it in mutants.py. It is\n{mutant.old}"
         )
+    if is_in_c(mutant):
+        return None  # the compiler will say
     try:
         ast.parse(text.replace(mutant.old, mutant.new))
     except SyntaxError as error:
         return f"STALE   {mutant.name}: the mutated {mutant.file} is not Python: {error}"
     return None
+
+
+def is_in_c(mutant: Mutant) -> bool:
+    return mutant.file.endswith((".c", ".h"))
 
 
 def baseline(mutants: Sequence[Mutant], folder: Path, pool: ThreadPoolExecutor) -> bool:
@@ -165,6 +172,8 @@ def run_tests(tree: Path, tests: Sequence[str], mutant: Mutant | None = None) ->
     if mutant is not None:
         path = tree / mutant.file
         path.write_text(path.read_text().replace(mutant.old, mutant.new))
+        if is_in_c(mutant) and (complaint := rebuild(path.parent)):
+            return Run(None, False, complaint, 0.0)
     kept = tree / "outcomes.json"
     environment = {
         **os.environ,
@@ -193,6 +202,19 @@ def run_tests(tree: Path, tests: Sequence[str], mutant: Mutant | None = None) ->
         hung = True
     outcomes = json.loads(kept.read_text()) if kept.exists() else None
     return Run(outcomes, hung, output, time.monotonic() - started)
+
+
+def rebuild(folder: Path) -> str | None:
+    """Compile the extension whose sources lie in ``folder``; why that cannot be done, or None."""
+    built = list(folder.glob("*.so"))
+    if len(built) != 1:
+        return f"{folder} holds {len(built)} compiled extensions, not one; is there a compiler?"
+    built[0].unlink()
+    command = ["cc", "-shared", "-fPIC", "-std=c11", "-O2", "-ffp-contract=off", "-pthread"]
+    command += ["-I", sysconfig.get_path("include"), "-o", str(built[0])]
+    command += map(str, sorted(folder.glob("*.c")))
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return f"the mutant does not compile\n{done.stderr}" if done.returncode else None
 
 
 def copy_tree(to: Path) -> None:
