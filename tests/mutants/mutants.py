@@ -43,6 +43,7 @@ _COMM = "tests/unit/test_comm.py"
 _MANY = "tests/ranks/test_very_many_ranks.py::test_every_rank_reads_the_one_right_verdict"
 _SUMS = "tests/unit/test_message_arithmetic.py"
 _COMPILE = "tests/compile/test_one_process.py"
+_NATIVE = "tests/unit/test_native.py"
 
 MUTANTS = [
     Mutant(
@@ -630,5 +631,98 @@ MUTANTS = [
         "iteration.num_unscaled_empty > 0 and not question.optimizers",
         "False",
         (f"{_DISAGREE}::test_ranks_of_few_optimizers_unscale_as_the_others[(3, 3, 0)-True-False]",),
+    ),
+    Mutant(
+        "in C the flag is overwritten by each unit",
+        "shardscale/kernels/native/work.c",
+        "            *found |= pass.results[unit]",
+        "            *found = pass.results[unit]",
+        (f"{_NATIVE}::test_what_is_bad_is_found_by_whichever_thread_meets_it",),
+    ),
+    Mutant(
+        "in C the flag is written though nothing is bad",
+        "shardscale/kernels/native/module.c",
+        "    if (found) {\n        *found_inf = 1;\n    }\n",
+        "    *found_inf = found;\n",
+        (f"{_NATIVE}::test_a_flag_that_is_set_stays_and_a_sum_is_added_to",),
+    ),
+    Mutant(
+        "in C a NaN is no larger than Inf",
+        "shardscale/kernels/native/work.c",
+        "    if (bits > infinity[dtype]) {\n        return NAN;\n",
+        "    if (bits > infinity[dtype]) {\n        return INFINITY;\n",
+        (f"{_NATIVE}::test_count_tells_inf_from_nan_and_the_largest_magnitude",),
+    ),
+    Mutant(
+        "in C the sums of units are added in float32",
+        "shardscale/kernels/native/work.c",
+        "    double sum = 0;\n    for (int64_t t = 0; t < num; t++) {\n",
+        "    float sum = 0;\n    for (int64_t t = 0; t < num; t++) {\n",
+        (
+            f"{_NATIVE}::test_every_size_and_alignment_gives_the_reference_and_the_sum",
+            f"{_NATIVE}::test_the_sum_holds_the_square_of_everything_float32_can_hold",
+        ),
+    ),
+    Mutant(
+        "in C the rest of a tensor is written back as a whole block",
+        "shardscale/kernels/native/work.c",
+        "        memcpy(rest, own, (size_t)(num * size));\n",
+        "        memcpy(rest, own, (size_t)(BLOCK * size));\n",
+        (f"{_NATIVE}::test_every_size_and_alignment_gives_the_reference_and_the_sum",),
+    ),
+    Mutant(
+        "in C inv_scale is rounded to float16",
+        "shardscale/kernels/native/module.c",
+        "judge(grads.memory, grads.num, *inv_scale, writes,",
+        "judge(grads.memory, grads.num, (float)(_Float16)*inv_scale, writes,",
+        (
+            f"{_NATIVE}::test_unscale_gives_the_bits_of_the_reference_and_of_torch",
+            f"{_NATIVE}::test_every_bit_pattern_is_multiplied_as_torch_does",
+        ),
+    ),
+    Mutant(
+        "in C spans are compared by their last element, not by their end",
+        "shardscale/kernels/native/overlap.c",
+        "spans[i].start < spans[i - 1].end)",
+        "spans[i].start + 2 < spans[i - 1].end)",
+        (f"{_NATIVE}::test_gather_sees_one_overlap_among_thousands",),
+    ),
+    Mutant(
+        "in C only neighbours in the list are looked at for an overlap",
+        "shardscale/kernels/native/overlap.c",
+        "    if (!all_in_order(spans, num) && !sort(spans, num)) {\n",
+        "    if (!all_in_order(spans, num) && spans == NULL) {\n",
+        (f"{_NATIVE}::test_gather_sees_gradients_that_overlap",),
+    ),
+    Mutant(
+        "in C the lanes of what pads a block are added",
+        "shardscale/kernels/native/work.c",
+        "        for (int i = 0; i < num; i++) {\n            lanes[i] += own_lanes[i];",
+        "        for (int i = 0; i < BLOCK; i++) {\n            lanes[i] += own_lanes[i];",
+        (f"{_NATIVE}::test_sums_of_what_is_not_finite_are_those_of_the_formula",),
+    ),
+    Mutant(
+        "in C workers round and flush as they please",
+        "shardscale/kernels/native/pool.c",
+        "        fesetenv(&task.environment);\n",
+        "",
+        (
+            f"{_NATIVE}::test_denormals_are_flushed_if_and_only_if_the_caller_flushes_them"
+            "[portable-3]",
+        ),
+    ),
+    Mutant(
+        "in C a forked child counts on its parent's workers",
+        "shardscale/kernels/native/pool.c",
+        "    num_workers = 0;\n    pthread_cond_init",
+        "    pthread_cond_init",
+        (f"{_NATIVE}::test_a_fork_starts_without_workers_and_gets_its_own",),
+    ),
+    Mutant(
+        "in C squares of bfloat16 are summed in the order of registers",
+        "shardscale/kernels/native/avx2.c",
+        "even_then_odd[i % 2 * (BLOCK / 2) + i / 2]",
+        "even_then_odd[i]",
+        (f"{_NATIVE}::test_check_sums_the_squares_of_products_that_are_not_rounded",),
     ),
 ]
