@@ -1,7 +1,7 @@
 # Every target prepares .venv first (tools/venv.sh) and does so only once.
 .DEFAULT_GOAL := help
 .NOTPARALLEL:                 # two targets must not install into .venv at the same time
-.PHONY: help demo test lint types docs bench mutants support clean env-demo env-test env-docs env-bench
+.PHONY: help demo test lint types docs bench wheel mutants support clean env-demo env-test env-docs env-bench
 
 python := .venv/bin/python
 export PYTHON TORCH           # tools/venv.sh reads them: make PYTHON=python3.12 test
@@ -33,6 +33,9 @@ docs: env-docs  ## build the site into docs/_build/html; a warning is an error
 bench: env-bench  ## measure side by side with torch's own scalers
 	@$(python) benchmarks/run.py
 
+wheel: env-test  ## build the wheel into dist/ and test an installed copy of it
+	@sh tools/wheel.sh
+
 mutants: env-test  ## break the library on purpose, line by line, and see that a test fails
 	@$(python) tests/mutants/run.py
 
@@ -41,6 +44,7 @@ support: env-test  ## run the tests of parallelisms and write docs/support.md fr
 
 clean:  ## remove all that make made, .venv included
 	rm -rf .venv docs/_build build dist shardscale.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -f shardscale/kernels/native/*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 env-demo env-test env-docs env-bench:
