@@ -9,10 +9,8 @@
 #define BODY_TARGET __attribute__((target("avx2,fma,f16c")))
 #define INLINE BODY_TARGET static inline __attribute__((always_inline))
 
-#ifndef PREFETCH_BYTES
-#define PREFETCH_BYTES 1024
-#endif
-#define PREFETCH(memory) _mm_prefetch((memory) + PREFETCH_BYTES, _MM_HINT_T0)
+/* A page ahead, as measured for avx512.c. */
+#define PREFETCH(memory) _mm_prefetch((memory) + 4096, _MM_HINT_T0)
 
 typedef struct { __m256 at[4]; } floats;
 typedef struct { __m256d at[8]; } doubles;
