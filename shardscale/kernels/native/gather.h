@@ -3,7 +3,7 @@
 #ifndef SHARDSCALE_GATHER_H
 #define SHARDSCALE_GATHER_H
 
-#include "python.h"
+#include "stable_abi.h"
 
 /* Intern the names that are read; false with an exception set. */
 int prepare_gather(void);

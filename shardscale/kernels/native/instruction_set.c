@@ -27,7 +27,7 @@ static bool has_avx512(void)
 }
 #endif
 
-static const struct bodies *chosen;
+static const struct bodies *_Atomic chosen; /* read by callers that do not hold the GIL */
 
 const struct bodies *available_bodies(int i)
 {
@@ -44,10 +44,11 @@ const struct bodies *available_bodies(int i)
 
 const struct bodies *bodies_in_use(void)
 {
-    if (chosen == NULL) {
-        chosen = available_bodies(0);
+    const struct bodies *bodies = chosen;
+    if (bodies == NULL) {
+        chosen = bodies = available_bodies(0);
     }
-    return chosen;
+    return bodies;
 }
 
 void use_bodies(const struct bodies *bodies)

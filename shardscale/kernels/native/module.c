@@ -2,7 +2,7 @@
 
 #include "gather.h"
 #include "instruction_set.h"
-#include "python.h"
+#include "stable_abi.h"
 #include "tensors.h"
 #include "work.h"
 

@@ -3,7 +3,7 @@
 #ifndef SHARDSCALE_TENSORS_H
 #define SHARDSCALE_TENSORS_H
 
-#include "python.h"
+#include "stable_abi.h"
 
 #include <stdbool.h>
 #include <stdint.h>

@@ -1,7 +1,7 @@
 /* Python's stable interface, so that one build serves Python 3.10 and all that follow. */
 
-#ifndef SHARDSCALE_PYTHON_H
-#define SHARDSCALE_PYTHON_H
+#ifndef SHARDSCALE_STABLE_ABI_H
+#define SHARDSCALE_STABLE_ABI_H
 
 #define PY_SSIZE_T_CLEAN
 #define Py_LIMITED_API 0x030A0000
