@@ -67,6 +67,7 @@ CORE = {"shardscale", "torch", "numpy", "typing_extensions"}
 GUESTS = {
     "cli": {"typer", "rich"},
     "demo": {"typer", "rich", "sklearn"},
+    "kernels": {"triton"},  # where it is installed, and never at import
 }
 # What people run uses what people may use, so the demo and the command line count as programs.
 PROGRAMS = (
