@@ -17,10 +17,10 @@ from shardscale.layouts import Layouts
 from shardscale.placements import align_
 from shardscale.records import Members, ScaleState, ShardStats
 from shardscale.shards import LocalShards, local_shards, params_of
-from shardscale.stages import Stages
+from shardscale.stages import Entry, Stages
 from shardscale.stamps import Stamps, those_alive
 
-__all__ = ["Examiner", "Question", "nothing_found"]
+__all__ = ["Examiner", "Question", "divisor_of", "nothing_found"]
 
 
 class Question(NamedTuple):
@@ -48,6 +48,7 @@ class Examiner:
         self._stages = stages
         self._stamps = stamps
         self._members = members
+        self._gathered: LocalShards | None = None  # of the one optimizer that is asked about
 
     def prepare(self, optimizers: Sequence[Any], timeout_s: float | None) -> None:
         """Bring DTensor gradients to their parameters' placements, and refuse wrong optimizers.
@@ -63,11 +64,16 @@ class Examiner:
         Collective: the ranks of a mesh that has Partial gradients sum these.
         """
         params = list(chain.from_iterable(map(params_of, optimizers)))
+        gathered = kernels.gather(params)
         sharded: list[DTensor] = []
-        if DTensor in set(map(type, params)):
+        if gathered is not None:  # every gradient is placed as its parameter
+            sharded = gathered.firsts
+        elif DTensor in set(map(type, params)):
             sharded = list({id(p): p for p in params if isinstance(p, DTensor)}.values())
             summed = align_(sharded, self._layouts.name_of, timeout_s)
             self._layouts.mark_summed(summed)
+        if len(optimizers) == 1 and gathered is not None:
+            self._gathered = LocalShards(gathered.params, gathered.grads)
         self._layouts.require_inside(sharded, self._members)
         self._layouts.require_synced(params, self._members)
         self._layouts.require_in_use(params)
@@ -93,25 +99,26 @@ class Examiner:
             entry = self._stages.of(optimizer)
             earlier = None if entry.was_judged else self._stamps.unscaled_before(optimizer)
             since = earlier.made_since(params_of(optimizer)) if earlier else ()
-            shards = local_shards(optimizer, self._layouts.name_of, squares is not None)
+            shards = self._gathered
+            if shards is None:
+                shards = local_shards(optimizer, self._layouts.name_of, squares is not None)
             if not shards.grads:  # they may be gone already
                 refuse_optimizers_in_backward(params_of(optimizer), self._layouts.name_of)
             grads.append(shards.grads)
-            inv_scale = torch.ones_like(state.scale)
             if earlier is not None:
                 self._unscale_made_since_(shards, since, optimizer, state, found_inf)
                 found_inf = torch.maximum(found_inf, earlier.agreement.found_inf)
                 entry.is_unscaled = True
-            elif not entry.is_unscaled:
-                inv_scale = kernels.inverse_scale(self._stamps.of([optimizer], state.scale))
+            inv_scale = kernels.inverse_scale(divisor_of(entry, self._stamps, state))
+            examine_ = kernels.unscale_
+            if question.leaves_scaled(optimizer):
+                examine_ = kernels.check_
             if squares is not None:
                 owned, copies = self._split(shards)
-                kernels.unscale_(owned, inv_scale, found_inf, squares)
-                kernels.unscale_(copies, inv_scale, found_inf)
-            elif question.leaves_scaled(optimizer):
-                kernels.check_(shards.grads, inv_scale, found_inf)
+                examine_(owned, inv_scale, found_inf, squares)
+                examine_(copies, inv_scale, found_inf)
             else:
-                kernels.unscale_(shards.grads, inv_scale, found_inf)
+                examine_(shards.grads, inv_scale, found_inf)
             if entry.agreement is not None:
                 found_inf = torch.maximum(found_inf, entry.agreement.found_inf)
         return ShardStats(found_inf, squares), grads
@@ -160,6 +167,15 @@ class Examiner:
         for param, grad in zip(*shards, strict=True):
             (owned if self._layouts.is_owner(param, members) else copies).append(grad)
         return owned, copies
+
+
+def divisor_of(entry: Entry, stamps: Stamps, state: ScaleState) -> Tensor:
+    """What an optimizer's gradients are still to be divided by: () float32."""
+    if entry.divisor is not None:
+        return entry.divisor
+    if entry.is_unscaled:
+        return torch.ones_like(state.scale)
+    return stamps.of([entry.optimizer], state.scale)
 
 
 def nothing_found(state: ScaleState) -> ShardStats:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["is_fused", "leaves_scaled", "step_fused", "takes_grad_scaler"]
+__all__ = ["can_fold", "is_fused", "leaves_scaled", "step_fused", "takes_grad_scaler"]
 
 
 def is_fused(optimizer: Any) -> bool:
@@ -21,6 +21,11 @@ def is_fused(optimizer: Any) -> bool:
 def leaves_scaled(optimizer: Any) -> bool:
     """Whether its gradients are judged only, because its own kernel divides them by the scale."""
     return is_fused(optimizer) and not getattr(optimizer, "_is_gated", False)
+
+
+def can_fold(optimizer: Any) -> bool:
+    """Whether its kernel can clip, because we tell it what to divide the gradients by."""
+    return leaves_scaled(optimizer) and not takes_grad_scaler(optimizer)
 
 
 def takes_grad_scaler(optimizer: Any) -> bool:

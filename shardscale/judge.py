@@ -14,7 +14,7 @@ from shardscale.backward import mistake_inside_backward
 from shardscale.comm import Bond, Communicator
 from shardscale.dispute import PATIENCE_S, Dispute, answer
 from shardscale.errors import MissingRankError, StageError
-from shardscale.examine import Examiner, Question, nothing_found
+from shardscale.examine import Examiner, Question, divisor_of, nothing_found
 from shardscale.fused import is_fused
 from shardscale.layouts import Layouts
 from shardscale.ledger import Ledger, Unread, summary
@@ -118,18 +118,22 @@ class Judge:
         if question.max_norm is not None:
             # Exactly 1 on a skip, which leaves every bit alone.
             factor = verdict.clip_coefficient(agreement, question.max_norm)
-            for group in grads:
-                kernels.scale_(group, factor)
+            for optimizer, group in zip(question.optimizers, grads, strict=True):
+                if question.leaves_scaled(optimizer):
+                    self._leave_to_step(optimizer, factor, state)
+                else:
+                    kernels.scale_(group, factor)
         return agreement
 
     @torch.no_grad()
     def unscale_locally_(self, optimizer: Any, state: ScaleState) -> None:
-        """Unscale gradients that were judged but left scaled; nothing is sent."""
-        inv_scale = kernels.inverse_scale(self.stamps.of([optimizer], state.scale))
+        """Unscale and clip gradients that were judged but left as they were; nothing is sent."""
+        entry = self.stages.of(optimizer)
+        inv_scale = kernels.inverse_scale(divisor_of(entry, self.stamps, state))
         shards = local_shards(optimizer, self.layouts.name_of)
         ignored = torch.zeros_like(inv_scale)  # the verdict is already there
         kernels.unscale_(shards.grads, inv_scale, ignored)
-        self.stages.of(optimizer).is_unscaled = True
+        entry.is_unscaled, entry.divisor = True, None
 
     def read(self, agreement: Agreement, call: Call) -> bool:
         """Whether the step must be skipped.
@@ -201,6 +205,8 @@ class Judge:
         """
         captured = self.is_captured(state)
         stages = self.stages
+        for optimizer in stages.left_to_divide():  # the next iteration knows nothing of this clip
+            self.unscale_locally_(optimizer, state)
         self.stamps.close(state.scale, stages.left_unscaled(), stages.num_unused_empty, captured)
         if self.replays is not None and self.replays.has_captured and agreements:
             flags, norm = summary(agreements)
@@ -317,6 +323,14 @@ class Judge:
                 entry.is_unscaled = True
             if question.method != "step":
                 entry.stage = OptState.UNSCALED
+
+    def _leave_to_step(self, optimizer: Any, factor: Tensor, state: ScaleState) -> None:
+        """Have an optimizer's kernel clip: dividing by less than the scale is multiplying."""
+        entry = self.stages.of(optimizer)
+        divisor = divisor_of(entry, self.stamps, state)
+        factor = factor.to(divisor.device, non_blocking=True)
+        # A factor of 0 must not give Inf, whose inverse would be no factor at all.
+        entry.divisor = (divisor / factor).clamp(max=torch.finfo(torch.float32).max)
 
     def _look_for_two_scales(self, optimizers: Sequence[Any], state: ScaleState) -> None:
         for optimizer in optimizers:

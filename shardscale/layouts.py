@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -209,7 +210,12 @@ class Layouts:
             known.is_owner = _holders(known, param, members).owner == members.here
         return known.is_owner
 
-    def describe(self, params: Iterable[Tensor], members: Members, kernel: str) -> str:
+    def describe(
+        self,
+        params: Iterable[Tensor],
+        members: Members,
+        kernel_of: Callable[[torch.device], str],
+    ) -> str:
         """A table: parameter, local shape, layout, who holds it, who counts it, kernel."""
         rows = [("parameter", "local shape", "layout", "held by", "counted by", "kernel")]
         for param in params:
@@ -225,7 +231,7 @@ class Layouts:
             local = param._local_tensor if isinstance(param, DTensor) else param
             shape = "x".join(map(str, local.shape)) or "scalar"
             kind = known.layout.kind + (", Partial gradient summed" if known.is_summed else "")
-            rows.append((known.name, shape, kind, holders, counted, kernel))
+            rows.append((known.name, shape, kind, holders, counted, kernel_of(local.device)))
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         return "\n".join(
             "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()

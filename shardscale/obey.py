@@ -9,7 +9,7 @@ import torch
 
 from shardscale.caller import warn_caller
 from shardscale.errors import StageError, StateError
-from shardscale.examine import Question
+from shardscale.examine import Question, divisor_of
 from shardscale.fused import is_fused, leaves_scaled, step_fused, takes_grad_scaler
 from shardscale.judge import Judge
 from shardscale.records import Agreement, Call, ScaleState
@@ -83,8 +83,9 @@ class Obedience:
                 if all(agreement is not own for own, _ in found):
                     # Ranks that fell apart over another optimizer must not move this one either.
                     found_inf = torch.maximum(found_inf, agreement.flags[1:].amax())
-            stamp = self._judge.stamps.of([optimizer], self._state.scale)
-            grad_scale = None if entry.is_unscaled else stamp
+            grad_scale = None
+            if entry.divisor is not None or not entry.is_unscaled:
+                grad_scale = divisor_of(entry, self._judge.stamps, self._state)
             return step_fused(optimizer, grad_scale, found_inf, self._args, self._kwargs)
         if skips:
             return None

@@ -63,7 +63,7 @@ class Call(NamedTuple):
     """
 
     num_updates: int  # updates so far: the step number that salts the message
-    method: str  # "unscale_", "clip_grad_norm_" or "step"
+    method: str  # of the scaler
     ordinal: int  # how many verdicts since that update
     scaler: int  # which of this process's scalers, in the order they were made
     max_norm: float | Tensor | None  # a tensor is () float32

@@ -20,8 +20,9 @@ from shardscale.comm import Bond, Communicator
 from shardscale.errors import ConfigError, StageError, StateError
 from shardscale.examine import Question
 from shardscale.factors import Factors
+from shardscale.fused import can_fold
 from shardscale.judge import Judge
-from shardscale.kernels import NAME as KERNEL
+from shardscale.kernels import backend_name
 from shardscale.layouts import Copies
 from shardscale.obey import Obedience, refuse_closure
 from shardscale.outputs import map_tensors, scale_gradient, times_scale
@@ -64,7 +65,9 @@ class ShardedGradScaler(TorchNames, Factors, torch.amp.GradScaler):  # type: ign
         model: Short for ``attach(model)``.
         timeout_s: Seconds that a verdict may take. None: 60 for the first one, the group's own
             timeout after that.
-        fold_clip: Reserved; only False is accepted so far.
+        fold_clip: Have fused optimizers clip in their own pass: ``clip_grad_norm_`` then writes no
+            gradient, and their step divides by scale over factor. In between, ``.grad`` stays
+            scaled and unclipped. Others are clipped as usual.
         sync: Read every verdict at once, also with fused optimizers. For debugging: errors come at
             the call that made them, for one host read per call.
 
@@ -109,14 +112,13 @@ class ShardedGradScaler(TorchNames, Factors, torch.amp.GradScaler):  # type: ign
                 "growth_factor, backoff_factor or growth_interval is given beside policy=. "
                 "Give these numbers to the policy."
             )
-        if fold_clip:
-            raise ConfigError("fold_clip is True, but only False is supported so far.")
         if self._enabled:
             self._policy = policy or DynamicScale(*numbers)
             self._state = self._policy.init(init_scale, "cpu")
         else:
             self._policy = ConstantScale()
             self._state = self._policy.init(1.0, "cpu")
+        self._fold_clip = fold_clip
         self._is_placed = False
         # A disabled scaler clips, but has no update() to read anything late.
         bond = Bond(process_group, comm, timeout_s, is_numbered=self._enabled)
@@ -154,7 +156,7 @@ class ShardedGradScaler(TorchNames, Factors, torch.amp.GradScaler):  # type: ign
         Collective: none; every rank has its own table.
         """
         layouts = self._judge.layouts
-        return layouts.describe(layouts.params(), self._judge.bond.members(), KERNEL)
+        return layouts.describe(layouts.params(), self._judge.bond.members(), backend_name)
 
     def scale(self, outputs: Any) -> Any:
         """Multiply by the scale; begins a new iteration.
@@ -261,7 +263,11 @@ class ShardedGradScaler(TorchNames, Factors, torch.amp.GradScaler):  # type: ign
         listed, _ = as_list(optimizers)
         largest = as_max_norm(max_norm, self._place().scale.device)
         mistake = self._judge.stages.mistake_in_clipping(listed)
-        question = Question("clip_grad_norm_", listed, mistake, max_norm=largest)
+        question = Question("clip_grad_norm_", listed, mistake, largest)
+        if self._fold_clip and self._enabled:  # a disabled scaler is not asked when to step
+            # The ranks must fold alike: the two ways round differently.
+            method = "clip_grad_norm_ with fold_clip"
+            question = question._replace(method=method, leaves_scaled=can_fold)
         agreement = self._ask(question)
         if not self._enabled:
             self._judge.settle()
@@ -435,6 +441,7 @@ class ShardedGradScaler(TorchNames, Factors, torch.amp.GradScaler):  # type: ign
             "arguments": {
                 "device": self._device,
                 "enabled": self._enabled,
+                "fold_clip": self._fold_clip,
                 "sync": self._judge.sync,
                 "timeout_s": bond.timeout_s,
             },
@@ -485,4 +492,12 @@ class ShardedGradScaler(TorchNames, Factors, torch.amp.GradScaler):  # type: ign
             )
 
 
-_OWN_ATTRIBUTES = {"_device", "_enabled", "_policy", "_state", "_is_placed", "_judge"}
+_OWN_ATTRIBUTES = {
+    "_device",
+    "_enabled",
+    "_fold_clip",
+    "_is_placed",
+    "_judge",
+    "_policy",
+    "_state",
+}

@@ -8,16 +8,19 @@ from operator import attrgetter
 from types import NoneType
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from shardscale import kernels
 from shardscale.errors import LayoutError
 
 __all__ = ["LocalShards", "local_shards", "params_of"]
 
 _DTYPE = attrgetter("dtype")
 _REAL_DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+_ADDRESSED = ("cpu", "cuda")  # where our own kernels find gradients by their addresses
 _DTYPES = _REAL_DTYPES | {torch.complex64, torch.complex128}
 
 
@@ -49,6 +52,9 @@ def local_shards(
             memory, or it is not laid out as its parameter; names the parameter.
     """
     params = list(params_of(optimizer))
+    gathered = kernels.gather(params)
+    if gathered is not None:
+        return LocalShards(gathered.params, gathered.grads)
     if len(set(map(id, params))) < len(params):
         params = list({id(p): p for p in params}.values())
     grads: list[Any] = [p.grad for p in params]
@@ -68,12 +74,62 @@ def local_shards(
         kinds = set(map(type, grads))
     if not (kinds <= {Tensor} and _are_plain(grads)):
         grads = [_local(p, g, name_of, coalesced) for p, g in zip(params, grads, strict=True)]
-    return LocalShards(params, grads)
+    return _each_memory_once(params, grads, name_of)
 
 
 def params_of(optimizer: Any) -> Iterator[Tensor]:
     """All parameters of all groups, in order."""
     return chain.from_iterable(group["params"] for group in optimizer.param_groups)
+
+
+def _each_memory_once(
+    params: list[Tensor], grads: list[Tensor], name_of: Callable[[Tensor], str]
+) -> LocalShards:
+    """Leave out gradients that are another one's memory; refuse what shares a part, or has none.
+
+    Those with gaps are not compared: what lies in the gaps may be another one's.
+    """
+    # Elsewhere torch's operators do the work, and an address may mean nothing.
+    ours = [i for i, g in enumerate(grads) if type(g) is Tensor and g.device.type in _ADDRESSED]
+    plain = [i for i in ours if grads[i].numel()]
+    for i in plain:
+        if grads[i].data_ptr() == 0:
+            raise LayoutError(
+                f"the gradient of {name_of(params[i])} has elements, but no memory: it was freed. "
+                "Keep gradients until their optimizer has stepped, and drop them with "
+                "zero_grad(set_to_none=True)."
+            )
+    starts = np.array([grads[i].data_ptr() for i in plain], dtype=np.int64)
+    ends = starts + np.array([grads[i].nbytes for i in plain], dtype=np.int64)
+    order = np.argsort(starts, kind="stable")
+    reached = np.maximum.accumulate(ends[order])
+    if not (starts[order][1:] < reached[:-1]).any():
+        return LocalShards(params, grads)
+    left_out: set[int] = set()
+    last: dict[torch.device, int] = {}  # on each device, of those so far, that which ends last
+    for at in order:
+        i = plain[at]
+        grad = grads[i]
+        if not kernels.is_dense(grad):
+            continue
+        before = last.setdefault(grad.device, i)
+        other = grads[before]
+        if before == i or grad.data_ptr() >= other.data_ptr() + other.nbytes:
+            last[grad.device] = i
+        elif _is_same_memory(grad, other):
+            left_out.add(i)
+        else:
+            raise LayoutError(
+                f"the gradients of {name_of(params[before])} and {name_of(params[i])} share "
+                "memory, so unscaling in place would multiply a part of it twice. Clone one."
+            )
+    kept = [i for i in range(len(grads)) if i not in left_out]
+    return LocalShards([params[i] for i in kept], [grads[i] for i in kept])
+
+
+def _is_same_memory(one: Tensor, other: Tensor) -> bool:
+    alike = (one.data_ptr(), one.dtype, one.nbytes)
+    return alike == (other.data_ptr(), other.dtype, other.nbytes)
 
 
 def _are_plain(grads: list[Tensor]) -> bool:

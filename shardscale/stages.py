@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
 from torch.amp.grad_scaler import OptState
 
 from shardscale.errors import ConfigError, StageError
@@ -24,6 +25,7 @@ class Entry:
     call: Call | None = None
     has_grads: bool = False  # on this rank
     is_unscaled: bool = False
+    divisor: Tensor | None = None  # () float32: scale and clipping, left to the optimizer's kernel
     iteration: object = None  # the newest that had begun when it was judged
 
     @property
@@ -124,6 +126,11 @@ class Stages:
         """These optimizers have consumed their gradients."""
         for optimizer in optimizers:
             self.of(optimizer).stage = OptState.STEPPED
+
+    def left_to_divide(self) -> list[Any]:
+        """Optimizers that have not stepped, and so not clipped their gradients yet."""
+        entries = [e for e in self.entries.values() if e.stage is not OptState.STEPPED]
+        return [e.optimizer for e in entries if e.divisor is not None]
 
     def left_unscaled(self) -> list[tuple[Any, Agreement]]:
         """Optimizers whose gradients are unscaled and not consumed, with their verdicts."""

@@ -1,12 +1,22 @@
 """Measure and multiply local gradient shards; nothing here knows of ranks.
 
-Two backends share one signature: ``foreach`` (the default, on every device) and ``reference`` (one
-tensor at a time, obvious, the oracle of every kernel test).
+Backends share one signature: ``native`` (C, on the host), ``triton`` (CUDA and ROCm), ``foreach``
+(torch's own operators, for everything else) and ``reference`` (one tensor at a time, obvious, the
+oracle of every kernel test). ``dispatch`` chooses.
 """
 
-from shardscale.kernels.foreach import check_, scale_, unscale_
+from shardscale.kernels import operators as _operators  # noqa: F401 - compiled code finds them
+from shardscale.kernels.dispatch import backend_name, check_, count, is_dense, scale_, unscale_
 from shardscale.kernels.inverse import inverse_scale
+from shardscale.kernels.native import gather
 
-__all__ = ["check_", "inverse_scale", "NAME", "scale_", "unscale_"]
-
-NAME = "foreach"
+__all__ = [
+    "backend_name",
+    "check_",
+    "count",
+    "gather",
+    "inverse_scale",
+    "is_dense",
+    "scale_",
+    "unscale_",
+]

@@ -1,23 +1,20 @@
-"""The kernels by torch's multi-tensor operators: one launch for many tensors of one dtype."""
+"""The kernels by torch's multi-tensor operators: for every device and layout, in more passes."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
 from operator import attrgetter
-from typing import cast
 
 import torch
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors
-from torch.utils._foreach_utils import _group_tensors_by_device_and_dtype
 
-__all__ = ["check_", "scale_", "unscale_"]
+__all__ = ["check_", "count", "scale_", "unscale_"]
 
 # Elements squared at a time on the CPU: a quarter of a megabyte of float64, which stays in the
 # cache, and no more than torch works on without waking its other threads.
 _CHUNK = 2**15
-_IS_CPU = attrgetter("is_cpu")
 _DTYPE = attrgetter("dtype")
 
 
@@ -30,7 +27,7 @@ def unscale_(
     """Multiply each gradient by ``inv_scale`` in place, looking for Inf and NaN on the way.
 
     Args:
-        grads: Real dense tensors of any shape, device and floating dtype.
+        grads: Real strided tensors of any shape and floating dtype, all on the device of the rest.
         inv_scale: () float32. Exactly 1 leaves every bit alone.
         found_inf: () float32; becomes 1.0 if an element is not finite, is left alone otherwise. The
             scaled input is judged; where ``inv_scale`` exceeds 1, the product too. An
@@ -40,43 +37,43 @@ def unscale_(
     Sync: none on an accelerator.
     """
     _refuse_useless(inv_scale, found_inf)
-    for device, dtype, group in _groups(grads):
-        flag = found_inf if device == found_inf.device else _zero_flag(device)
-        factor = inv_scale.to(device, non_blocking=device.type != "cpu")
-        if _amp_op_knows(device, dtype):
-            _amp_op_(group, flag, factor)
+    for group in _of_one_dtype(grads):
+        if _amp_op_knows(group[0]):
+            _amp_op_(group, found_inf, inv_scale)
             # On the host one look saves the pass that judges the product; a device is not asked.
-            if device.type != "cpu" or factor.item() > 1:
-                _judge_largest(group, flag, torch.ones_like(factor))
+            if not inv_scale.is_cpu or inv_scale.item() > 1:
+                _judge_largest(group, found_inf, torch.ones_like(inv_scale))
         else:
-            _judge_largest(group, flag, factor)
-            _multiply_(group, factor)
-        if flag is not found_inf:
-            found_inf.copy_(torch.maximum(found_inf, flag.to(found_inf.device)))
+            _judge_largest(group, found_inf, inv_scale)
+            _multiply_(group, inv_scale)
         if sum_squares is not None:
-            sum_squares += _sum_squares(group).to(sum_squares.device)
+            sum_squares += _sum_squares(group)
 
 
-def check_(grads: Sequence[Tensor], inv_scale: Tensor, found_inf: Tensor) -> None:
+def check_(
+    grads: Sequence[Tensor],
+    inv_scale: Tensor,
+    found_inf: Tensor,
+    sum_squares: Tensor | None = None,
+) -> None:
     """Judge gradients as :func:`unscale_` does, but leave them scaled.
 
     Args:
-        grads: Real dense tensors of any shape, device and floating dtype.
+        grads: As there.
         inv_scale: () float32, what they will be multiplied by.
         found_inf: () float32; becomes 1.0 if an element, or its product, is not finite.
+        sum_squares: () float64; the sum of the squared products, not rounded, is added to it.
 
     Sync: none on an accelerator.
     """
     _refuse_useless(inv_scale, found_inf)
-    for device, _, group in _groups(grads):
-        flag = found_inf if device == found_inf.device else _zero_flag(device)
-        factor = inv_scale.to(device, non_blocking=device.type != "cpu")
-        if device.type == "cpu" and factor.item() <= 1:
-            _amp_op_(group, flag, torch.ones_like(factor))  # times one: only NaN payloads change
+    for group in _of_one_dtype(grads):
+        if inv_scale.is_cpu and inv_scale.item() <= 1:
+            _amp_op_(group, found_inf, torch.ones_like(inv_scale))  # only NaN payloads change
         else:
-            _judge_largest(group, flag, factor)
-        if flag is not found_inf:
-            found_inf.copy_(torch.maximum(found_inf, flag.to(found_inf.device)))
+            _judge_largest(group, found_inf, inv_scale)
+        if sum_squares is not None:
+            sum_squares += _sum_squares(group) * inv_scale.double().square()
 
 
 def scale_(grads: Sequence[Tensor], factor: Tensor) -> None:
@@ -86,37 +83,38 @@ def scale_(grads: Sequence[Tensor], factor: Tensor) -> None:
     """
     if factor.is_cpu and factor.item() == 1:
         return
-    for device, dtype, group in _groups(grads):
-        local = factor.to(device, non_blocking=device.type != "cpu")
-        if _amp_op_knows(device, dtype):
-            _amp_op_(group, _zero_flag(device), local)
+    for group in _of_one_dtype(grads):
+        if _amp_op_knows(group[0]):
+            _amp_op_(group, torch.zeros_like(factor), factor)
         else:
-            _multiply_(group, local)
+            _multiply_(group, factor)
 
 
-def _zero_flag(device: torch.device) -> Tensor:
-    # Neither torch's default dtype nor its default device may decide.
-    return torch.zeros((), dtype=torch.float32, device=device)
+def count(grads: Sequence[Tensor]) -> Tensor:
+    """What is in each gradient: (n, 3) float64 there; Infs, NaNs, largest magnitude.
+
+    The magnitude is NaN where there is a NaN, and 0 where there is no element.
+    """
+    rows = []
+    for g in grads:
+        largest = torch.linalg.vector_norm(g, float("inf")) if g.numel() else g.new_zeros(())
+        rows.append(torch.stack([g.isinf().sum(), g.isnan().sum(), largest.double()]))
+    return torch.stack(rows) if rows else torch.zeros((0, 3), dtype=torch.float64, device="cpu")
 
 
-def _groups(grads: Sequence[Tensor]) -> Iterator[tuple[torch.device, torch.dtype, list[Tensor]]]:
-    if not grads:
-        return
-    if all(map(_IS_CPU, grads)) and len(set(map(_DTYPE, grads))) == 1:
-        yield grads[0].device, grads[0].dtype, list(grads)  # nothing to sort
-        return
-    grouped = _group_tensors_by_device_and_dtype([list(grads)])
-    for (device, dtype), ([group], _) in grouped.items():
-        yield device, dtype, cast(list[Tensor], group)
+def _of_one_dtype(grads: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    dtypes = dict.fromkeys(map(_DTYPE, grads))  # in their order, so that sums are reproducible
+    for dtype in dtypes:
+        yield list(grads) if len(dtypes) == 1 else [g for g in grads if g.dtype == dtype]
 
 
 def _amp_op_(group: list[Tensor], found_inf: Tensor, inv_scale: Tensor) -> None:
     torch._amp_foreach_non_finite_check_and_unscale_(group, found_inf, inv_scale)
 
 
-def _amp_op_knows(device: torch.device, dtype: torch.dtype) -> bool:
+def _amp_op_knows(grad: Tensor) -> bool:
     # On CUDA the operator refuses bfloat16, and judges float64 after rounding it to float32.
-    return device.type == "cpu" or dtype in (torch.float32, torch.float16)
+    return grad.is_cpu or grad.dtype in (torch.float32, torch.float16)
 
 
 def _refuse_useless(inv_scale: Tensor, found_inf: Tensor) -> None:

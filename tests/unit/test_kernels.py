@@ -17,6 +17,9 @@ DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 FACTORS = [0.5, 1.0, 2.0**-16, 1.7, 3.0, 0.0, 3e38, 1e-40, math.inf, math.nan, 1 / 3]
 INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
+# Torch's own operators, which serve wherever no other kernel does, and what the CPU is given here.
+some = pytest.mark.parametrize("some", [foreach, kernels], ids=["foreach", "chosen"])
+
 # A view of a flat tensor of 400 elements, whose other elements nobody may touch.
 VIEWS = {
     "flat": lambda flat: flat[:37],
@@ -80,16 +83,17 @@ def zero() -> Tensor:
     return torch.zeros((), dtype=torch.float64)
 
 
+@some
 @pytest.mark.parametrize("factor", FACTORS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_unscale_gives_the_bits_and_the_flag_of_the_reference_and_touches_nothing_else(
-    dtype, factor
+    some, dtype, factor
 ):
     for name, view_name in CASES:
         planted, view = plants(dtype)[name], VIEWS[view_name]
         flats = [flat_values(dtype, planted) for _ in range(2)]
         flags = [flag(), flag()]
-        for kernel, flat, found in zip((foreach, reference), flats, flags, strict=True):
+        for kernel, flat, found in zip((some, reference), flats, flags, strict=True):
             kernel.unscale_([view(flat)], torch.tensor(factor), found)
         assert flags[0].item() == flags[1].item(), (name, view_name)
         assert_same(*flats)
@@ -118,15 +122,16 @@ def test_the_reference_says_what_the_formula_says(dtype):
             assert_same(grad, want)
 
 
+@some
 @pytest.mark.parametrize("factor", FACTORS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_unscale_gives_the_bits_of_torchs_operator(dtype, factor):
+def test_unscale_gives_the_bits_of_torchs_operator(some, dtype, factor):
     """Independent of the reference; torch's flag misses products and useless factors."""
     for name, view_name in CASES:
         planted, view = plants(dtype)[name], VIEWS[view_name]
         ours, theirs = flat_values(dtype, planted), flat_values(dtype, planted)
         our_flag, their_flag = flag(), flag()
-        kernels.unscale_([view(ours)], torch.tensor(factor), our_flag)
+        some.unscale_([view(ours)], torch.tensor(factor), our_flag)
         torch._amp_foreach_non_finite_check_and_unscale_(
             [view(theirs)], their_flag, torch.tensor(factor)
         )
@@ -137,32 +142,34 @@ def test_unscale_gives_the_bits_of_torchs_operator(dtype, factor):
             assert our_flag.item() >= their_flag.item()
 
 
+@some
 @pytest.mark.parametrize("factor", FACTORS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_check_finds_what_unscale_finds_and_leaves_every_bit(dtype, factor):
+def test_check_finds_what_unscale_finds_and_leaves_every_bit(some, dtype, factor):
     for name, view_name in CASES:
         planted, view = plants(dtype)[name], VIEWS[view_name]
         checked, unscaled = flat_values(dtype, planted), flat_values(dtype, planted)
         flags = [flag(), flag(), flag()]
-        kernels.check_([view(checked)], torch.tensor(factor), flags[0])
+        some.check_([view(checked)], torch.tensor(factor), flags[0])
         reference.check_([view(checked)], torch.tensor(factor), flags[1])
-        kernels.unscale_([view(unscaled)], torch.tensor(factor), flags[2])
+        some.unscale_([view(unscaled)], torch.tensor(factor), flags[2])
         assert flags[0].item() == flags[1].item() == flags[2].item(), (name, view_name)
         assert_same(checked, flat_values(dtype, planted))
 
 
+@some
 @pytest.mark.parametrize("factor", [0.5, 1.0, 1e-3, 0.0, 1.7])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_scale_gives_the_bits_of_the_reference(dtype, factor):
+def test_scale_gives_the_bits_of_the_reference(some, dtype, factor):
     for name, view_name in CASES:
         planted, view = plants(dtype)[name], VIEWS[view_name]
         one, other = flat_values(dtype, planted), flat_values(dtype, planted)
-        kernels.scale_([view(one)], torch.tensor(factor))
+        some.scale_([view(one)], torch.tensor(factor))
         reference.scale_([view(other)], torch.tensor(factor))
         assert_same(one, other)
 
 
-@pytest.mark.parametrize("kernel", [foreach, reference])
+@pytest.mark.parametrize("kernel", [kernels, foreach, reference])
 def test_a_flag_that_is_set_stays_set(kernel):
     for call in (kernel.unscale_, kernel.check_):
         found = flag(1.0)
@@ -170,7 +177,7 @@ def test_a_flag_that_is_set_stays_set(kernel):
         assert found.item() == 1.0
 
 
-@pytest.mark.parametrize("kernel", [foreach, reference])
+@pytest.mark.parametrize("kernel", [kernels, foreach, reference])
 def test_no_gradient_at_all_is_good_unless_the_factor_is_useless(kernel):
     for call in (kernel.unscale_, kernel.check_):
         for factor, want in ((0.5, 0.0), (0.0, 1.0), (math.nan, 1.0), (math.inf, 1.0)):
@@ -180,15 +187,16 @@ def test_no_gradient_at_all_is_good_unless_the_factor_is_useless(kernel):
     kernel.scale_([], flag(0.5))
 
 
+@some
 @pytest.mark.parametrize("bad", range(6))
-def test_all_dtypes_and_shapes_in_one_call(bad):
+def test_all_dtypes_and_shapes_in_one_call(some, bad):
     """Whichever of them holds the NaN; the sum of squares is over all."""
     grads = [flat_values(d)[:20] for d in DTYPES] + [torch.tensor(2.0), torch.empty(0)]
     copies = [g.clone() for g in grads]
     if grads[bad].numel():
         grads[bad].view(-1)[-1] = copies[bad].view(-1)[-1] = math.nan
     results = []
-    for kernel, mine in ((foreach, grads), (reference, copies)):
+    for kernel, mine in ((some, grads), (reference, copies)):
         found, squares = flag(), zero()
         kernel.unscale_(mine, flag(0.25), found, squares)
         results.append((found.item(), squares.item()))
@@ -230,9 +238,10 @@ NORM_SHAPES = {
 }
 
 
+@some
 @pytest.mark.parametrize("shape", NORM_SHAPES.values(), ids=NORM_SHAPES)
 @pytest.mark.parametrize(("dtype", "magnitude"), MAGNITUDES, ids=str)
-def test_the_sum_of_squares_is_the_float64_formulas(dtype, magnitude, shape):
+def test_the_sum_of_squares_is_the_float64_formulas(some, dtype, magnitude, shape):
     """Finite for everything float32 can hold; torch's norm of 1e20 is Inf.
 
     Tolerance: see SQUARES_RTOL.
@@ -242,22 +251,35 @@ def test_the_sum_of_squares_is_the_float64_formulas(dtype, magnitude, shape):
     grad = torch.empty_like(rand, dtype=dtype).copy_((rand * 0.5 + 0.5) * magnitude)
     if grad.dim() > 1:  # keep the gaps, which empty_like does not
         grad = shape(dtype).mul_(0).add_(grad)
-    squares = zero()
-    kernels.unscale_([grad], flag(1.0), flag(), squares)
+    squares, scaled = zero(), zero()
+    some.unscale_([grad], flag(1.0), flag(), squares)
+    some.check_([grad], flag(0.5), flag(), scaled)
     assert squares.dtype == torch.float64
     want = grad.double().square().sum().item()
     assert want > 0
     assert squares.item() == pytest.approx(want, rel=SQUARES_RTOL)
+    # Half of a denormal is rounded: the reference knows how.
+    reference.check_([grad], flag(0.5), flag(), want := zero())
+    assert scaled.item() == pytest.approx(want.item(), rel=SQUARES_RTOL)
 
 
-def test_the_sum_of_squares_is_added_and_is_that_of_the_products_as_stored():
+@some
+def test_the_sum_of_squares_is_added_and_is_that_of_the_products_as_stored(some):
     """Rounded to the gradient's dtype: 1/3 in bfloat16 is 0.333984375."""
     squares = zero() + 100.0
-    kernels.unscale_([torch.ones(3, dtype=torch.bfloat16)], flag(1 / 3), flag(), squares)
+    some.unscale_([torch.ones(3, dtype=torch.bfloat16)], flag(1 / 3), flag(), squares)
     assert squares.item() == pytest.approx(100 + 3 * 0.333984375**2, rel=1e-12)
 
 
-def test_large_and_tiny_values_together():
+@some
+def test_the_sum_of_squares_of_a_check_is_that_of_products_that_nothing_was_stored_of(some):
+    squares = zero() + 100.0
+    some.check_([torch.ones(3, dtype=torch.bfloat16)], flag(1 / 3), flag(), squares)
+    assert squares.item() == pytest.approx(100 + 3 / 9, rel=1e-8)
+
+
+@some
+def test_large_and_tiny_values_together(some):
     """In one chunk, in two, and in two tensors of one batch."""
     for grads in (
         [torch.tensor([1e30, 1e-30, 3.0])],
@@ -265,26 +287,28 @@ def test_large_and_tiny_values_together():
         [torch.full((10,), 1e-30), torch.full((10,), 1e30), torch.tensor(1e-44)],
     ):
         squares = zero()
-        kernels.unscale_(grads, flag(1.0), flag(), squares)
+        some.unscale_(grads, flag(1.0), flag(), squares)
         want = sum(g.double().square().sum().item() for g in grads)
         assert squares.item() == pytest.approx(want, rel=SQUARES_RTOL)
 
 
+@some
 @pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("numel", [1, 100, 2**16 + 1])
-def test_the_sum_of_squares_of_what_is_not_finite_is_not_finite(dtype, bad, numel):
+def test_the_sum_of_squares_of_what_is_not_finite_is_not_finite(some, dtype, bad, numel):
     grad = torch.ones(numel, dtype=dtype)
     grad[-1] = bad
     squares = zero()
-    kernels.unscale_([grad], flag(1.0), flag(), squares)
+    some.unscale_([grad], flag(1.0), flag(), squares)
     assert squares.isnan() if math.isnan(bad) else squares.item() == math.inf
 
 
-def test_many_small_tensors_are_summed_over_several_batches():
+@some
+def test_many_small_tensors_are_summed_over_several_batches(some):
     grads = [torch.full((1000,), float(i)) for i in range(200)]
     squares = zero()
-    kernels.unscale_(grads, flag(0.5), flag(), squares)
+    some.unscale_(grads, flag(0.5), flag(), squares)
     assert squares.item() == pytest.approx(
         sum(1000 * (i / 2) ** 2 for i in range(200)), rel=SQUARES_RTOL
     )
@@ -310,9 +334,10 @@ def tensors_in(tree: object) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
+@some
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", ["flat", "permuted", "rows with gaps", "many"])
-def test_no_gradient_is_copied(dtype, layout):
+def test_no_gradient_is_copied(some, dtype, layout):
     """A million elements or four, and no new tensor beyond one chunk in float64."""
     grads = {
         "flat": lambda: [torch.ones(2**22, dtype=dtype)],
@@ -321,9 +346,9 @@ def test_no_gradient_is_copied(dtype, layout):
         "many": lambda: [torch.ones(2**12, dtype=dtype) for _ in range(2**8)],
     }[layout]()
     with LargestAllocation() as seen:
-        kernels.unscale_(grads, flag(0.5), flag(), squares := zero())
-        kernels.check_(grads, flag(0.5), flag())
-        kernels.scale_(grads, flag(0.5))
+        some.unscale_(grads, flag(0.5), flag(), squares := zero())
+        some.check_(grads, flag(0.5), flag(), zero())
+        some.scale_(grads, flag(0.5))
     assert squares.item() == pytest.approx(sum(g.numel() for g in grads) / 4, rel=SQUARES_RTOL)
     assert 0 < seen.bytes <= foreach._CHUNK * 8
 
@@ -367,18 +392,21 @@ def test_the_fallback_leaves_a_set_flag_and_knows_empty_groups():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_whole_path_of_accelerators_gives_the_same_bits(dtype, monkeypatch):
     """As on a device whose operator knows no dtype at all."""
-    monkeypatch.setattr(foreach, "_amp_op_knows", lambda device, dtype: False)
-    test_unscale_gives_the_bits_and_the_flag_of_the_reference_and_touches_nothing_else(dtype, 1.7)
-    test_unscale_gives_the_bits_and_the_flag_of_the_reference_and_touches_nothing_else(dtype, 0.25)
-    test_scale_gives_the_bits_of_the_reference(dtype, 0.25)
+    monkeypatch.setattr(foreach, "_amp_op_knows", lambda grad: False)
+    like_the_reference = (
+        test_unscale_gives_the_bits_and_the_flag_of_the_reference_and_touches_nothing_else
+    )
+    like_the_reference(foreach, dtype, 1.7)
+    like_the_reference(foreach, dtype, 0.25)
+    test_scale_gives_the_bits_of_the_reference(foreach, dtype, 0.25)
 
 
 def test_one_times_anything_leaves_every_bit_on_that_path_too(monkeypatch):
-    monkeypatch.setattr(foreach, "_amp_op_knows", lambda device, dtype: False)
+    monkeypatch.setattr(foreach, "_amp_op_knows", lambda grad: False)
     for dtype in DTYPES:
         for planted in plants(dtype).values():
             grad = flat_values(dtype, planted)
-            kernels.unscale_([grad], flag(1.0), flag())
+            foreach.unscale_([grad], flag(1.0), flag())
             assert_same(grad, flat_values(dtype, planted))
 
 
@@ -415,3 +443,25 @@ def test_large_gradients_with_gaps_are_summed_by_blocks(view):
     assert sum(piece.numel() for piece in pieces) == grad.numel()
     found = foreach._sum_squares_on_host([grad]).item()
     assert found == pytest.approx(grad.double().square().sum().item(), rel=1e-12)
+
+
+@some
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_counts_tell_inf_from_nan_and_the_largest_magnitude(some, dtype):
+    largest = torch.finfo(dtype).max
+    grads = [
+        torch.tensor([1.0, -3.0, 2.0]),
+        torch.tensor([[math.inf, 1.0], [-math.inf, math.inf]]).t(),
+        torch.tensor([math.nan, math.inf, -math.nan, 5.0]),
+        torch.empty(0, 2),
+        torch.tensor(-largest, dtype=dtype),
+        torch.arange(-8.0, 8.0)[::3],
+    ]
+    grads = [g.to(dtype) for g in grads]
+    counts = some.count(grads)
+    reference_counts = reference.count(grads)
+    want = [[0, 0, 3], [3, 0, math.inf], [1, 2, math.nan], [0, 0, 0], [0, 0, largest], [0, 0, 8]]
+    for found in (counts, reference_counts):
+        assert (found.dtype, found.device.type) == (torch.float64, "cpu")
+        assert_same(found, torch.tensor(want, dtype=torch.float64))
+    assert some.count([]).shape == (0, 3)

@@ -170,9 +170,9 @@ def test_describe_is_a_table():
     table = [[cell.strip() for cell in row if cell.strip()] for row in rows]
     assert table == [
         ["parameter", "local shape", "layout", "held by", "counted by", "kernel"],
-        ["layers.0", "5", "plain", "rank 0", "rank 0", "foreach"],
-        ["scalar", "scalar", "plain", "rank 0", "rank 0", "foreach"],
-        ["frozen", "2x3", "plain", "rank 0", "nobody: frozen", "foreach"],
+        ["layers.0", "5", "plain", "rank 0", "rank 0", "native"],
+        ["scalar", "scalar", "plain", "rank 0", "rank 0", "native"],
+        ["frozen", "2x3", "plain", "rank 0", "nobody: frozen", "native"],
     ]  # the linear layer was dropped at once
 
 
@@ -184,7 +184,7 @@ def test_describe_says_what_is_unknown():
 
     for index, table in enumerate(run_ranks(rank, 2)):
         assert " ".join(table.splitlines()[1].split()) == (
-            f"layers.0 2 plain rank {index} at least unknown foreach"
+            f"layers.0 2 plain rank {index} at least unknown native"
         )
 
 
@@ -197,7 +197,7 @@ def test_describe_names_holders_and_owner(rank_of_4):
         setattr(model, name, nn.Parameter(param))
     layouts = Layouts()
     layouts.attach(model, lambda name, _: mesh["model"].get_group() if name == "both" else None)
-    table = layouts.describe(layouts.params(), member(rank_of_4, 4), "foreach")
+    table = layouts.describe(layouts.params(), member(rank_of_4, 4), str)
     rows = [[cell for cell in line.split("  ") if cell] for line in table.splitlines()[1:]]
     across, along = (rank_of_4 % 2, rank_of_4 % 2 + 2), (rank_of_4 // 2 * 2, rank_of_4 // 2 * 2 + 1)
     assert [cell.strip() for cell in rows[0][3:5]] == [

@@ -22,7 +22,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from shardscale.kernels import native, reference
+from shardscale.kernels import reference
+from shardscale.kernels.native import _native as native
+from shardscale.kernels.native import why_not
 from tests.unit.native_oracle import (
     NUM_LANES,
     UNIT_BYTES,
@@ -45,7 +47,7 @@ from tests.unit.test_kernels import (
     zero,
 )
 
-IS_BUILT = native.available()
+IS_BUILT = why_not() is None
 pytestmark = pytest.mark.skipif(not IS_BUILT, reason="the extension in C was not built")
 SETS = native.instruction_sets() if IS_BUILT else []
 
@@ -424,16 +426,17 @@ def test_a_vector_inside_a_transform_is_refused():
 def test_scalars_that_are_not_ours_are_refused():
     good = {"inv_scale": flag(0.5), "found_inf": flag(), "sum_squares": zero()}
     for name, bad in (
-        ("inv_scale", torch.tensor([0.5])),
+        ("inv_scale", torch.tensor([0.5, 0.5])),
+        ("inv_scale", torch.empty(0)),
         ("inv_scale", torch.tensor(0.5, dtype=torch.float64)),
         ("inv_scale", torch.tensor(0.5, dtype=torch.float16)),
         ("inv_scale", 0.5),
         ("inv_scale", None),
         ("found_inf", torch.tensor(0.0, device="meta")),
         ("found_inf", torch.tensor(0, dtype=torch.int32)),
-        ("found_inf", torch.zeros(1)),
+        ("found_inf", torch.zeros(2)),
         ("sum_squares", torch.tensor(0.0)),
-        ("sum_squares", torch.zeros(1, dtype=torch.float64)),
+        ("sum_squares", torch.zeros(2, dtype=torch.float64)),
     ):
         grad = torch.ones(3)
         assert native.unscale_([grad], *{**good, name: bad}.values(), 1) is False
@@ -504,9 +507,9 @@ def run_program(program: str) -> str:
 
 FORK = """
 import os, torch
-from shardscale.kernels import native
+from shardscale.kernels.native import _native as native, why_not
 
-assert native.available()
+assert why_not() is None
 
 def work():
     grads, sums = [torch.ones(2**20), torch.ones(2**20)], torch.zeros((), dtype=torch.float64)
@@ -587,12 +590,13 @@ def test_gather_leaves_out_parameters_without_a_gradient():
     for given_ in (params, tuple(params), iter(params)):
         gathered = native.gather(given_)
         assert gathered is not None
-        taken, found = gathered
+        taken, found, firsts = gathered
+        assert firsts == []
         want = [p for p in params if p.grad is not None]
         assert len(taken) == len(found) == 4
         assert all(a is b for a, b in zip(taken, want, strict=True))
         assert all(a is b.grad for a, b in zip(found, want, strict=True))
-    assert native.gather([]) == native.gather([param_with(None)]) == ([], [])
+    assert native.gather([]) == native.gather([param_with(None)]) == ([], [], [])
 
 
 # What cannot be the gradient of a parameter, or has a parameter of its own in the next test.
@@ -640,6 +644,7 @@ def test_gather_reads_the_local_part_of_a_distributed_gradient(mesh):
     gathered = native.gather([param, param_with(torch.ones(2))])
     assert gathered is not None
     assert gathered[0][0] is param and gathered[1][0] is param.grad._local_tensor
+    assert [p is param for p in gathered[2]] == [True]
     # Of another layout, or of an equal one that is another object: somebody has to look.
     for placement in (Shard(0), Replicate()):
         other = nn.Parameter(distributed(placement))
@@ -648,6 +653,21 @@ def test_gather_reads_the_local_part_of_a_distributed_gradient(mesh):
         assert native.gather([other]) is None
     assert native.unscale_([param.grad], flag(0.5), flag(), None, 1) is False
     assert native.addresses([param.grad]) is None
+
+
+def test_gather_names_the_first_parameter_of_each_mesh(mesh):
+    """Of those that are trained, whether they have a gradient or not; meshes by identity."""
+    other = init_device_mesh("cpu", (2, 1))
+    where = [mesh, other, mesh, other, mesh]
+    params = [
+        nn.Parameter(DTensor.from_local(torch.ones(4), m, [Shard(0)] * m.ndim, run_check=False))
+        for m in where
+    ]
+    params[0].requires_grad_(False)
+    params[3].grad = DTensor(torch.ones(4), params[3]._spec, requires_grad=False)
+    gathered = native.gather([param_with(torch.ones(2)), *params])
+    assert gathered is not None
+    assert [[p is q for q in params].index(True) for p in gathered[2]] == [1, 2]
 
 
 @given(
@@ -710,7 +730,8 @@ import sys
 import torch
 sys.modules["shardscale.kernels.native._native"] = None  # as if it had not been built
 from shardscale.kernels import native
-print(native.available(), hasattr(native, "unscale_"))
+print(native.unscale_([], torch.tensor(0.5), torch.tensor(0.0)), native.gather([]))
+print(native.why_not())
 """
 
 NO_CAPSULE = """
@@ -718,16 +739,17 @@ import torch
 from shardscale.kernels import native
 del torch.Tensor.__dlpack_c_exchange_api__
 assert not hasattr(torch.Tensor, "__dlpack_c_exchange_api__")
-print(native.available(), native.unscale_([], torch.tensor(0.5), torch.tensor(0.0), None, 1))
+print(native.unscale_([], torch.tensor(0.5), torch.tensor(0.0)), native.gather([]))
+print(native.why_not())
 """
 
 
 def test_a_missing_extension_is_not_an_error():
-    assert run_program(MISSING) == "False False\n"
+    assert run_program(MISSING).startswith("False None\nthe C extension is not there")
 
 
 def test_a_torch_without_the_capsule_is_not_an_error():
-    assert run_program(NO_CAPSULE) == "False False\n"
+    assert run_program(NO_CAPSULE).startswith("False None\nthe C extension cannot read")
 
 
 def test_the_table_of_another_major_version_is_not_used_but_its_older_one_is():
@@ -745,10 +767,10 @@ def test_the_table_of_another_major_version_is_not_used_but_its_older_one_is():
         table = ctypes.create_string_buffer(struct.pack("IIP5P", 2, 0, previous or 0, *[0] * 5))
         capsule = new(ctypes.addressof(table), name, None)
         if is_good:
-            native._native.init(*types, capsule)
+            native.init(*types, capsule)
         else:
             with pytest.raises(ValueError, match="has no DLPack 1"):
-                native._native.init(*types, capsule)
+                native.init(*types, capsule)
         assert native.unscale_([torch.ones(3)], flag(0.5), flag(), None, 1)
     with pytest.raises(ValueError, match="PyCapsule_GetPointer called with incorrect name"):
-        native._native.init(*types, new(ctypes.addressof(table), b"another", None))
+        native.init(*types, new(ctypes.addressof(table), b"another", None))

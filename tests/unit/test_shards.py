@@ -181,3 +181,69 @@ def test_a_partial_gradient_is_not_taken_for_a_whole_one(mesh):
     param.grad = DTensor.from_local(torch.ones(8), mesh, [Replicate(), Partial()])
     with pytest.raises(LayoutError, match=r"the one of \(8,\)"):
         local_shards(torch.optim.SGD([param], lr=1.0), name_of)
+
+
+# ---------------------------------------------------------------------------------- shared memory
+
+
+def test_two_gradients_that_are_one_memory_are_one_shard():
+    """As when one object is met twice: it is multiplied once, and counted once."""
+    flat = torch.ones(6)
+    params, grads = local_shards(optimizer_of(flat.view(2, 3), torch.ones(2), flat), name_of)
+    assert [g.data_ptr() for g in grads] == [flat.data_ptr(), grads[1].data_ptr()]
+    assert [p.shape for p in params] == [(2, 3), (2,)]
+
+
+@pytest.mark.parametrize(
+    "views",
+    [
+        lambda flat: (flat[:5], flat[4:9]),
+        lambda flat: (flat[4:9], flat[:5]),
+        lambda flat: (flat, flat[3:4]),
+        lambda flat: (flat[8:], flat[:2], flat[2:5], flat[:9]),
+        lambda flat: (flat[:4], flat[:2]),
+        lambda flat: (flat[:8], flat[:8].view(torch.float64)[:2], flat[8:]),
+        lambda flat: (flat[:6].view(2, 3).t(), flat[5:7]),
+    ],
+    ids=["end", "start", "inside", "among others", "shorter", "other dtype", "permuted"],
+)
+def test_gradients_that_share_a_part_of_their_memory_are_refused_by_name(views):
+    grads = views(torch.ones(10))
+    with pytest.raises(LayoutError, match=r"the one of .* and the one of .* share memory"):
+        local_shards(optimizer_of(*grads), name_of)
+
+
+def test_neighbours_in_one_memory_are_taken():
+    flat = torch.ones(12)
+    table = torch.ones(4, 6)
+    grads = [flat[4:8], flat[:4], flat[8:8], flat[8:], table[:, :2], table[:, 2:]]
+    assert len(local_shards(optimizer_of(*grads), name_of).grads) == 6
+
+
+def test_a_gradient_whose_memory_was_freed_is_refused_by_name():
+    grad = torch.ones(7)
+    optimizer = optimizer_of(torch.ones(2), grad)
+    grad.untyped_storage().resize_(0)
+    with pytest.raises(LayoutError, match=r"the one of \(7,\) has elements, but no memory"):
+        local_shards(optimizer, name_of)
+
+
+def test_the_short_way_and_the_long_one_find_the_same(mesh, monkeypatch):
+    """Whatever the C code gathers at once, the Python code gathers alike."""
+    wide = distribute_tensor(torch.ones(8, 3), mesh, [Shard(0), Shard(0)])
+    sharded = optimizer_of(*(DTensor(torch.ones(2, 3), wide._spec, requires_grad=False),) * 1)
+    sharded.param_groups[0]["params"][0]._spec = wide._spec
+    optimizers = [
+        optimizer_of(torch.ones(3), None, torch.ones(()), torch.ones(0, 4), groups=2),
+        optimizer_of(*(torch.ones(3, dtype=d) for d in (torch.float16, torch.bfloat16))),
+        optimizer_of(torch.ones(3, 2).t(), torch.ones(4)),
+        optimizer_of(None),
+        sharded,
+    ]
+    short = [local_shards(optimizer, name_of) for optimizer in optimizers]
+    monkeypatch.setattr("shardscale.kernels.gather", lambda params: None)
+    for optimizer, (params, grads) in zip(optimizers, short, strict=True):
+        long_params, long_grads = local_shards(optimizer, name_of)
+        assert list(map(id, params)) == list(map(id, long_params))
+        assert [g.data_ptr() for g in grads] == [g.data_ptr() for g in long_grads]
+        assert [g.shape for g in grads] == [g.shape for g in long_grads]

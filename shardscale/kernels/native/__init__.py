@@ -10,50 +10,101 @@ They work on memory behind torch's back: no dispatch mode sees them, and no vers
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 try:
-    from shardscale.kernels.native._native import (
-        addresses,
-        check_,
-        count,
-        gather,
-        init,
-        instruction_set,
-        instruction_sets,
-        scale_,
-        unscale_,
-        use_instruction_set,
-    )
+    from shardscale.kernels.native import _native
 except ImportError:  # no compiler was there when shardscale was installed
-    _IS_BUILT = False
-else:
-    _IS_BUILT = True
+    _native = None  # type: ignore[assignment]
 
-__all__ = [
-    "addresses",
-    "available",
-    "check_",
-    "count",
-    "gather",
-    "instruction_set",
-    "instruction_sets",
-    "scale_",
-    "unscale_",
-    "use_instruction_set",
-]
+__all__ = ["Gathered", "check_", "count", "gather", "scale_", "unscale_", "why_not"]
+
+
+class Gathered(NamedTuple):
+    """Gradients as they are found at their parameters."""
+
+    params: list[Tensor]  # those that have one, in their order
+    grads: list[Tensor]  # of each of these, its local part
+    firsts: list[DTensor]  # of all that require a gradient, the first on each mesh
+
+
+def unscale_(
+    grads: Sequence[Tensor],
+    inv_scale: Tensor,
+    found_inf: Tensor,
+    sum_squares: Tensor | None = None,
+) -> bool:
+    """``kernels.unscale_`` in one pass, by as many threads as torch has; whether it was done.
+
+    The bits of the sum depend on the gradients alone, not on the threads or the processor.
+    """
+    return _is_ready() and _native.unscale_(
+        grads, inv_scale, found_inf, sum_squares, torch.get_num_threads()
+    )
+
+
+def check_(
+    grads: Sequence[Tensor],
+    inv_scale: Tensor,
+    found_inf: Tensor,
+    sum_squares: Tensor | None = None,
+) -> bool:
+    """``kernels.check_`` in one pass that only reads; whether it was done."""
+    return _is_ready() and _native.check_(
+        grads, inv_scale, found_inf, sum_squares, torch.get_num_threads()
+    )
+
+
+def scale_(grads: Sequence[Tensor], factor: Tensor) -> bool:
+    """``kernels.scale_`` in one pass, in none if the factor is 1; whether it was done."""
+    return _is_ready() and _native.scale_(grads, factor, torch.get_num_threads())
+
+
+def count(grads: Sequence[Tensor]) -> Tensor:
+    """``kernels.count`` of gradients that the other functions take."""
+    counts = _native.count(grads, torch.get_num_threads())
+    return torch.tensor(counts, dtype=torch.float64, device="cpu").view(-1, 3)
+
+
+def gather(params: Sequence[Tensor]) -> Gathered | None:
+    """Read the gradients of parameters, if nothing about any of them is unusual.
+
+    No memory is looked at, so it serves gradients on a GPU too.
+
+    Returns:
+        None if something is, or the extension is not there: a type, dtype or device that is not
+        known, a gradient that is not contiguous or has no memory, a DTensor's with another
+        ``_spec`` than its parameter, or two that overlap.
+    """
+    found = _native.gather(params) if _is_ready() else None
+    return None if found is None else Gathered(*found)
+
+
+def why_not() -> str | None:
+    """None where the kernels work, else the reason in a sentence."""
+    if _native is None:
+        return (
+            "the C extension is not there. Install shardscale where there is a C compiler and "
+            "Python's headers (Debian: gcc, python3-dev), or from a wheel."
+        )
+    if not _is_ready():
+        return f"the C extension cannot read the tensors of torch {torch.__version__}."
+    return None
 
 
 @functools.cache
-def available() -> bool:
-    """Whether the functions exist and can read torch's tensors; ask before the first use."""
+def _is_ready() -> bool:
+    """Whether the extension is there and has learned how to read torch's tensors."""
     capsule = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
-    if not _IS_BUILT or capsule is None:
+    if _native is None or capsule is None:
         return False
     try:
-        init(torch.Tensor, torch.nn.Parameter, DTensor, capsule)
+        _native.init(torch.Tensor, torch.nn.Parameter, DTensor, capsule)
     except ValueError:  # a torch whose DLPack is of another major version
         return False
     return True

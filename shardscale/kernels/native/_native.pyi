@@ -1,6 +1,7 @@
 from collections.abc import Iterable
 
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 def unscale_(
     grads: Iterable[Tensor],
@@ -46,8 +47,10 @@ def count(grads: Iterable[Tensor], num_threads: int, /) -> list[tuple[int, int, 
     The magnitude is Inf if there is an Inf, and NaN if there is a NaN.
     """
 
-def gather(params: Iterable[Tensor], /) -> tuple[list[Tensor], list[Tensor]] | None:
+def gather(params: Iterable[Tensor], /) -> tuple[list[Tensor], list[Tensor], list[DTensor]] | None:
     """The parameters that have a gradient, and the local part of each gradient.
+
+    The third list has of all parameters the first one on each mesh that requires a gradient.
 
     Returns:
         None if anything is unusual: a type, dtype or device that is not known, a gradient that is

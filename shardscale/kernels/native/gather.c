@@ -5,14 +5,17 @@
 #include "overlap.h"
 #include "tensors.h"
 
-static PyObject *name_grad, *name_local_tensor, *name_spec;
+static PyObject *name_grad, *name_local_tensor, *name_mesh, *name_requires_grad, *name_spec;
 
 int prepare_gather(void)
 {
     name_grad = PyUnicode_InternFromString("grad");
     name_local_tensor = PyUnicode_InternFromString("_local_tensor");
+    name_mesh = PyUnicode_InternFromString("mesh");
+    name_requires_grad = PyUnicode_InternFromString("requires_grad");
     name_spec = PyUnicode_InternFromString("_spec");
-    return name_grad != NULL && name_local_tensor != NULL && name_spec != NULL;
+    return name_grad != NULL && name_local_tensor != NULL && name_mesh != NULL &&
+           name_requires_grad != NULL && name_spec != NULL;
 }
 
 /* What is gathered so far: parameters on loan from the tuple, gradients owned. */
@@ -20,35 +23,60 @@ struct gathered {
     PyObject **params, **grads;
     struct span *spans;
     Py_ssize_t num, num_spans;
+    PyObject *firsts; /* a list: of the parameters on each mesh the first */
+    PyObject *meshes; /* a list, beside it */
+    PyObject *newest_mesh; /* on loan from that list */
 };
 
-/* Whether both are laid out by the very same specification; a mere equal one is looked at with care
-   elsewhere. */
-static bool share_spec(PyObject *param, PyObject *grad)
+/* Whether a list holds the very object. */
+static bool holds(PyObject *list, PyObject *object)
 {
-    PyObject *ours = PyObject_GetAttr(param, name_spec);
-    PyObject *theirs = ours != NULL ? PyObject_GetAttr(grad, name_spec) : NULL;
-    bool same = theirs != NULL && ours == theirs;
-    Py_XDECREF(ours);
-    Py_XDECREF(theirs);
-    return same;
+    for (Py_ssize_t i = PyList_Size(list); i > 0; i--) {
+        if (PyList_GetItem(list, i - 1) == object) {
+            return true;
+        }
+    }
+    return false;
 }
 
-/* The plain tensor behind a gradient, a new reference; NULL if it is unusual. Takes `grad`. */
-static PyObject *local_part(PyObject *param, PyObject *grad)
+/* Remember a distributed parameter if it is the first on its mesh that is trained. */
+static bool note_mesh(PyObject *param, PyObject *spec, struct gathered *to)
 {
-    PyObject *param_type = (PyObject *)Py_TYPE(param);
-    bool is_distributed = (PyObject *)Py_TYPE(grad) == dtensor_type;
-    PyObject *local = NULL;
-    if (is_distributed != (param_type == dtensor_type)) {
-        /* One knows of the others' shards and one does not. */
-    } else if (!is_distributed) {
-        return grad;
-    } else if (share_spec(param, grad)) {
-        local = PyObject_GetAttr(grad, name_local_tensor);
+    PyObject *mesh = PyObject_GetAttr(spec, name_mesh);
+    if (mesh == NULL) {
+        return false;
     }
-    Py_DECREF(grad);
-    return local;
+    bool noted = true;
+    if (mesh != to->newest_mesh && !holds(to->meshes, mesh)) {
+        PyObject *is_trained = PyObject_GetAttr(param, name_requires_grad);
+        noted = is_trained != NULL;
+        if (is_trained == Py_True) {
+            noted = PyList_Append(to->meshes, mesh) == 0 && PyList_Append(to->firsts, param) == 0;
+            to->newest_mesh = mesh;
+        }
+        Py_XDECREF(is_trained);
+    }
+    Py_DECREF(mesh);
+    return noted;
+}
+
+/* The plain tensor behind a gradient, a new reference; NULL if it is unusual.
+
+   `spec` is that of the parameter, NULL if it is not distributed. The gradient's must be the very
+   same: a mere equal one is looked at with care elsewhere. */
+static PyObject *local_part(PyObject *spec, PyObject *grad)
+{
+    bool is_distributed = (PyObject *)Py_TYPE(grad) == dtensor_type;
+    if (is_distributed != (spec != NULL)) {
+        return NULL; /* one knows of the others' shards and one does not */
+    }
+    if (!is_distributed) {
+        Py_INCREF(grad);
+        return grad;
+    }
+    PyObject *theirs = PyObject_GetAttr(grad, name_spec);
+    Py_XDECREF(theirs);
+    return theirs == spec ? PyObject_GetAttr(grad, name_local_tensor) : NULL;
 }
 
 /* Whether a gradient may be taken; its memory joins the spans. */
@@ -79,25 +107,27 @@ static bool is_usual(PyObject *grad, struct gathered *to)
 
 static bool take(PyObject *param, struct gathered *to)
 {
-    PyObject *type = (PyObject *)Py_TYPE(param);
-    if (type != parameter_type && type != dtensor_type && type != tensor_type) {
+    PyObject *type = (PyObject *)Py_TYPE(param), *spec = NULL;
+    if (type == dtensor_type) {
+        spec = PyObject_GetAttr(param, name_spec);
+        if (spec == NULL || !note_mesh(param, spec, to)) {
+            Py_XDECREF(spec);
+            return false;
+        }
+    } else if (type != parameter_type && type != tensor_type) {
         return false;
     }
     PyObject *grad = PyObject_GetAttr(param, name_grad);
-    if (grad == NULL) {
-        return false;
-    }
-    if (grad == Py_None) {
-        Py_DECREF(grad);
-        return true;
-    }
-    grad = local_part(param, grad);
-    if (grad == NULL) {
-        return false;
+    bool is_none = grad == Py_None;
+    PyObject *local = grad == NULL || is_none ? NULL : local_part(spec, grad);
+    Py_XDECREF(grad);
+    Py_XDECREF(spec);
+    if (local == NULL) {
+        return is_none;
     }
     to->params[to->num] = param;
-    to->grads[to->num++] = grad; /* owned from here on, whatever is found */
-    return is_usual(grad, to);
+    to->grads[to->num++] = local; /* owned from here on, whatever is found */
+    return is_usual(local, to);
 }
 
 static PyObject *list_of(PyObject *const *objects, Py_ssize_t num)
@@ -110,7 +140,7 @@ static PyObject *list_of(PyObject *const *objects, Py_ssize_t num)
     return list;
 }
 
-/* The pair of lists, None if anything is unusual, or NULL with an exception set. */
+/* The three lists, None if anything is unusual, or NULL with an exception set. */
 static PyObject *gather_into(struct gathered *to, PyObject *params, Py_ssize_t num)
 {
     bool usual = true;
@@ -129,10 +159,10 @@ static PyObject *gather_into(struct gathered *to, PyObject *params, Py_ssize_t n
         Py_RETURN_NONE;
     }
     PyObject *taken = list_of(to->params, to->num), *grads = list_of(to->grads, to->num);
-    PyObject *both = taken != NULL && grads != NULL ? PyTuple_Pack(2, taken, grads) : NULL;
+    PyObject *all = taken != NULL && grads != NULL ? PyTuple_Pack(3, taken, grads, to->firsts) : NULL;
     Py_XDECREF(taken);
     Py_XDECREF(grads);
-    return both;
+    return all;
 }
 
 PyObject *gather(PyObject *module, PyObject *const *args, Py_ssize_t num_args)
@@ -150,11 +180,13 @@ PyObject *gather(PyObject *module, PyObject *const *args, Py_ssize_t num_args)
         .params = PyMem_Malloc((size_t)num * sizeof(PyObject *)),
         .grads = PyMem_Malloc((size_t)num * sizeof(PyObject *)),
         .spans = PyMem_Malloc((size_t)num * sizeof(struct span)),
+        .firsts = PyList_New(0),
+        .meshes = PyList_New(0),
     };
     PyObject *result = NULL;
     if (to.params == NULL || to.grads == NULL || to.spans == NULL) {
         PyErr_NoMemory();
-    } else {
+    } else if (to.firsts != NULL && to.meshes != NULL) {
         result = gather_into(&to, params, num);
     }
     for (Py_ssize_t i = 0; i < to.num; i++) {
@@ -163,6 +195,8 @@ PyObject *gather(PyObject *module, PyObject *const *args, Py_ssize_t num_args)
     PyMem_Free(to.params);
     PyMem_Free(to.grads);
     PyMem_Free(to.spans);
+    Py_XDECREF(to.firsts);
+    Py_XDECREF(to.meshes);
     Py_DECREF(params);
     return result;
 }

@@ -149,8 +149,8 @@ bool read_memory(PyObject *object, struct memory *out)
 void *read_scalar(PyObject *object, enum dtype dtype)
 {
     struct dl_tensor tensor;
-    if (!read_tensor(object, &tensor) || tensor.device_type != DEVICE_CPU || tensor.ndim != 0 ||
-        dtype_of(&tensor) != (int)dtype) {
+    if (!read_tensor(object, &tensor) || tensor.device_type != DEVICE_CPU ||
+        count_elements(&tensor) != 1 || dtype_of(&tensor) != (int)dtype) {
         return NULL;
     }
     return address_of(&tensor);
