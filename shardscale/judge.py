@@ -130,9 +130,8 @@ class Judge:
         """Unscale and clip gradients that were judged but left as they were; nothing is sent."""
         entry = self.stages.of(optimizer)
         inv_scale = kernels.inverse_scale(divisor_of(entry, self.stamps, state))
-        shards = local_shards(optimizer, self.layouts.name_of)
-        ignored = torch.zeros_like(inv_scale)  # the verdict is already there
-        kernels.unscale_(shards.grads, inv_scale, ignored)
+        grads = local_shards(optimizer, self.layouts.name_of).grads
+        kernels.unscale_(grads, inv_scale, torch.zeros_like(inv_scale))  # judged they are already
         entry.is_unscaled, entry.divisor = True, None
 
     def read(self, agreement: Agreement, call: Call) -> bool:
