@@ -45,19 +45,39 @@ def cpu_name() -> str:
 
 
 def keep(
-    theme: str, env: Mapping[str, Any], groups: Mapping[str, Sequence[Row]], folder: Path = RESULTS
+    theme: str,
+    env: Mapping[str, Any],
+    groups: Mapping[str, Sequence[Row]],
+    folder: Path = RESULTS,
+    times: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write ``theme_hardware_date.json`` and ``.md``; the path of the second."""
+    """Write ``theme_hardware_date.json`` and ``.md``; the path of the second.
+
+    Args:
+        theme: The beginning of the name.
+        env: What :func:`environment` returned.
+        groups: Rows by the title of their table.
+        folder: Where to.
+        times: More for programs to read, by its name in the JSON.
+    """
     hardware = re.sub(r"[^a-z0-9]+", "-", env["device"].lower()).strip("-")
     path = folder / f"{theme}_{hardware}_{env['date']}"
     rows = {name: [row._asdict() for row in group] for name, group in groups.items()}
     folder.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".json").write_text(json.dumps({**env, "rows": rows}, indent=1) + "\n")
+    document = {**env, "rows": rows, **(times or {})}
+    replace(path.with_suffix(".json"), json.dumps(document, indent=1) + "\n")
     title = theme.replace("_", " ").capitalize()
     facts = "\n".join(f"- {key}: {value}" for key, value in env.items())
     tables = "\n\n".join(f"## {name}\n\n{table(group)}" for name, group in groups.items())
-    path.with_suffix(".md").write_text(f"# {title}\n\n{facts}\n\n{tables}\n")
+    replace(path.with_suffix(".md"), f"# {title}\n\n{facts}\n\n{tables}\n")
     return path.with_suffix(".md")
+
+
+def replace(path: Path, text: str) -> None:
+    """Write a file as a whole or not at all, so that a stopped program leaves the one before."""
+    beside = path.with_name(path.name + ".new")
+    beside.write_text(text)
+    beside.replace(path)
 
 
 def table(rows: Sequence[Row]) -> str:

@@ -18,7 +18,6 @@ import collectives
 import compiled
 import growth
 import host_reads
-import large
 import many_shards
 import memory
 import one_process
@@ -35,7 +34,6 @@ GROUPS: dict[str, tuple[str, Callable[[int], list[Row]], int, int]] = {
     "memory": ("Memory", lambda _: memory.rows(), 0, 0),
     "many_shards": ("Many shards, two ranks", many_shards.rows, 300, 20),
     "one_process": ("One process", one_process.rows, 500, 30),
-    "large": ("256 MiB of gradients, one process", large.rows, 20, 2),
     "growth": ("Time beside the number of parameters, two ranks", growth.rows, 30, 3),
     "waiting": ("Not waiting for the device", waiting.rows, 100, 3),
     "verdict_time": ("A verdict beside its all-reduce", verdict_time.rows, 200, 10),

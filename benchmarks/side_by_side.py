@@ -9,6 +9,7 @@ from typing import NamedTuple, TypeVar
 __all__ = ["Row", "compare", "in_turns", "quantile"]
 
 Name = TypeVar("Name")
+Taken = TypeVar("Taken")
 
 
 class Row(NamedTuple):
@@ -25,14 +26,15 @@ class Row(NamedTuple):
     note: str = ""
 
 
-def in_turns(ways: Mapping[Name, Callable[[], float]], num_rounds: int) -> dict[Name, list[float]]:
+def in_turns(ways: Mapping[Name, Callable[[], Taken]], num_rounds: int) -> dict[Name, list[Taken]]:
     """Seconds of each way in each round; every second round runs them in reverse order.
 
     Args:
-        ways: By name, a function that does the thing once and returns the seconds that counted.
+        ways: By name, a function that does the thing once and returns the seconds that counted,
+            as one number or as several.
         num_rounds: Rounds that are kept; a tenth as many, at least one, come first and are not.
     """
-    taken: dict[Name, list[float]] = {name: [] for name in ways}
+    taken: dict[Name, list[Taken]] = {name: [] for name in ways}
     num_warm = max(1, num_rounds // 10)
     for i in range(num_warm + num_rounds):
         names = list(ways) if i % 2 else list(reversed(ways))
