@@ -43,6 +43,8 @@ _COMM = "tests/unit/test_comm.py"
 _MANY = "tests/ranks/test_very_many_ranks.py::test_every_rank_reads_the_one_right_verdict"
 _SUMS = "tests/unit/test_message_arithmetic.py"
 _COMPILE = "tests/compile/test_one_process.py"
+_DEVICES = "tests/ranks/test_devices.py"
+_FOLD = "tests/ranks/test_fold_clip.py"
 _NATIVE = "tests/unit/test_native.py"
 
 MUTANTS = [
@@ -170,21 +172,34 @@ MUTANTS = [
         "a NaN is let through",
         "shardscale/kernels/foreach.py",
         """\
-            _amp_op_(group, flag, factor)
+            _amp_op_(group, found_inf, inv_scale)
             # On the host""",
         """\
-            torch._foreach_mul_(group, factor)
+            torch._foreach_mul_(group, inv_scale)
             for g in group:
-                flag.copy_(torch.maximum(flag, g.isinf().any()))
+                found_inf.copy_(torch.maximum(found_inf, g.isinf().any()))
             # On the host""",
-        (f"{_SKIP}::test_all_ranks_skip_when_any_overflows[own step-2]",),
+        (
+            "tests/unit/test_kernels.py"
+            "::test_unscale_gives_the_bits_and_the_flag_of_the_reference_and_touches_nothing_else",
+        ),
+    ),
+    Mutant(
+        "a NaN is let through by the kernels in C",
+        "shardscale/kernels/native/work.c",
+        "            *found |= pass.results[unit].largest >= infinity[tensors[t].dtype];\n",
+        "            *found |= pass.results[unit].largest == infinity[tensors[t].dtype];\n",
+        (
+            f"{_SKIP}::test_all_ranks_skip_when_any_overflows[own step-2]",
+            f"{_SKIP}::test_all_ranks_skip_when_any_overflows[Adam-2]",
+        ),
     ),
     Mutant(
         "the gradients of a fused optimizer are not checked for NaN",
         "shardscale/kernels/foreach.py",
-        "            _amp_op_(group, flag, torch.ones_like(factor))",
-        "            [flag.copy_(torch.maximum(flag, g.isinf().any())) for g in group]",
-        (f"{_SKIP}::test_all_ranks_skip_when_any_overflows[Adam-2]",),
+        "            _amp_op_(group, found_inf, torch.ones_like(inv_scale))",
+        "            [found_inf.copy_(torch.maximum(found_inf, g.isinf().any())) for g in group]",
+        ("tests/unit/test_kernels.py::test_check_finds_what_unscale_finds_and_leaves_every_bit",),
     ),
     Mutant(
         "the scale grows one step late",
@@ -223,8 +238,8 @@ MUTANTS = [
     Mutant(
         "clip_grad_norm_ unscales what unscale_ has unscaled",
         "shardscale/examine.py",
-        "            elif not entry.is_unscaled:\n",
-        "            else:\n",
+        "    if entry.is_unscaled:\n        return torch.ones_like(state.scale)\n",
+        "",
         (f"{_NORM}[DDP-2]",),
     ),
     Mutant(
@@ -288,10 +303,10 @@ MUTANTS = [
     ),
     Mutant(
         "a flag has torch's default dtype",
-        "shardscale/kernels/foreach.py",
-        "return torch.zeros((), dtype=torch.float32, device=device)",
-        "return torch.zeros((), device=device)",
-        (f"{_JOB}::test_the_default_dtype_does_not_matter",),
+        "shardscale/kernels/dispatch.py",
+        "flag = torch.zeros((), dtype=torch.float32, device=device)",
+        "flag = torch.zeros((), device=device)",
+        (f"{_DEVICES}::test_what_is_found_on_one_device_counts_where_no_norm_would_tell",),
     ),
     Mutant(
         "who never begins is unscaled by the first scale",
@@ -481,15 +496,11 @@ MUTANTS = [
     ),
     Mutant(
         "the host reads a factor that has not arrived",
-        "shardscale/kernels/foreach.py",
-        """\
-        factor = inv_scale.to(device, non_blocking=device.type != "cpu")
-        if _amp_op_knows""",
-        """\
-        factor = inv_scale.to(device, non_blocking=True)
-        if _amp_op_knows""",
+        "shardscale/kernels/dispatch.py",
+        'factor = inv_scale.to(device, non_blocking=device.type != "cpu")',
+        "factor = inv_scale.to(device, non_blocking=True)",
         (
-            "tests/ranks/test_devices.py::test_a_scale_elsewhere_trains_what_lies_on_the_host_as_one_process_would[DDP-2]",
+            f"{_DEVICES}::test_a_scale_elsewhere_trains_what_lies_on_the_host_as_one_process_would[DDP-2]",
         ),
     ),
     Mutant(
@@ -724,5 +735,86 @@ MUTANTS = [
         "even_then_odd[i % 2 * (BLOCK / 2) + i / 2]",
         "even_then_odd[i]",
         (f"{_NATIVE}::test_check_sums_the_squares_of_products_that_are_not_rounded",),
+    ),
+    Mutant(
+        "a folded clip is lost when an update comes before the step",
+        "shardscale/judge.py",
+        """\
+        for optimizer in stages.left_to_divide():  # the next iteration knows nothing of this clip
+            self.unscale_locally_(optimizer, state)
+""",
+        "",
+        (f"{_FOLD}::test_a_clip_is_not_lost_when_an_update_comes_before_the_step",),
+    ),
+    Mutant(
+        "whether a rank folds is no part of the message",
+        "shardscale/scaler.py",
+        'method = "clip_grad_norm_ with fold_clip"',
+        'method = "clip_grad_norm_"',
+        (f"{_FOLD}::test_ranks_that_fold_and_ranks_that_do_not_disagree",),
+    ),
+    Mutant(
+        "gradients are divided by the scale alone where the clip was folded",
+        "shardscale/examine.py",
+        """\
+    if entry.divisor is not None:
+        return entry.divisor
+""",
+        "",
+        (
+            f"{_FOLD}::test_gradients_stay_scaled_until_the_step_which_divides_them_once",
+            f"{_FOLD}::test_sharded_training_folds_and_skips_together[FSDP2]",
+        ),
+    ),
+    Mutant(
+        "a disabled scaler folds, too",
+        "shardscale/scaler.py",
+        "if self._fold_clip and self._enabled:",
+        "if self._fold_clip:",
+        (f"{_FOLD}::test_a_disabled_scaler_clips_in_place",),
+    ),
+    Mutant(
+        "gradients that are one memory are multiplied twice",
+        "shardscale/shards.py",
+        "            left_out.add(i)\n",
+        "            pass\n",
+        ("tests/unit/test_shards.py::test_two_gradients_that_are_one_memory_are_one_shard",),
+    ),
+    Mutant(
+        "autograd is not told that a gradient was written",
+        "shardscale/kernels/dispatch.py",
+        """\
+        _on_each_device("unscale_", grads, inv_scale, found_inf, sum_squares)
+    increment_version(grads)
+""",
+        """\
+        _on_each_device("unscale_", grads, inv_scale, found_inf, sum_squares)
+""",
+        (
+            "tests/unit/test_dispatch.py::test_torch_is_told_of_what_was_written[unscale_]",
+            "tests/compile/test_operators.py"
+            "::test_an_autograd_graph_notices_that_a_gradient_was_written",
+        ),
+    ),
+    Mutant(
+        "an operator does not say what it writes",
+        "shardscale/kernels/operators.py",
+        '_register(dispatch.unscale_, "Tensor(a!)[] grads, "',
+        '_register(dispatch.unscale_, "Tensor[] grads, "',
+        ("tests/compile/test_operators.py::test_torch_finds_nothing_wrong_with_the_operators",),
+    ),
+    Mutant(
+        "the flags of other devices are forgotten",
+        "shardscale/kernels/dispatch.py",
+        "found_inf.copy_(torch.maximum(found_inf, flag.to(found_inf.device)))",
+        "pass",
+        (f"{_DEVICES}::test_what_is_found_on_one_device_counts_where_no_norm_would_tell",),
+    ),
+    Mutant(
+        "the sums of other devices are forgotten",
+        "shardscale/kernels/dispatch.py",
+        "sum_squares += squares.to(sum_squares.device)",
+        "pass",
+        (f"{_DEVICES}::test_gradients_of_several_devices_share_one_verdict_and_one_norm",),
     ),
 ]

@@ -146,6 +146,35 @@ def test_gradients_of_several_devices_share_one_verdict_and_one_norm(ranks):
                 assert value == pytest.approx([moved] * 3, rel=1e-6), (scale_on, optimizer_name)
 
 
+def mix_without_a_norm(rank, size):
+    """Scales of a job whose default dtype is float64, for each place of the bad value."""
+    accelerator.install()
+    group = dist.new_group(backend=TWO_BACKENDS)
+    torch.set_default_dtype(torch.float64)
+    scales = {}
+    for scale_on in ("cpu", NAME):
+        for bad in [None] + [(r, i) for r, places in enumerate(PLACES) for i in range(len(places))]:
+            params = [
+                torch.nn.Parameter(torch.ones(3, device=device, dtype=torch.float32))
+                for device in PLACES[rank]
+            ]
+            for i, p in enumerate(params):
+                p.grad = torch.full_like(p, INF if bad == (rank, i) else SCALE)
+            optimizers = [torch.optim.SGD(params)] if params else []
+            scaler = ShardedGradScaler(scale_on, init_scale=SCALE, process_group=group)
+            scaler.unscale_(optimizers)
+            scaler.step(optimizers)
+            scaler.update()
+            scales[scale_on, bad] = scaler.get_scale()
+    return scales
+
+
+def test_what_is_found_on_one_device_counts_where_no_norm_would_tell(ranks):
+    """By the flag alone, which is float32 whatever torch's default dtype is."""
+    for scales in ranks.run(mix_without_a_norm, 4):
+        assert scales == {key: SCALE if key[1] is None else SCALE / 2 for key in scales}
+
+
 # --------------------------------------------------------------------- where the group's message is
 
 CONFIGS = {
