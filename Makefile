@@ -1,7 +1,8 @@
 # Every target prepares .venv first (tools/venv.sh) and does so only once.
 .DEFAULT_GOAL := help
 .NOTPARALLEL:                 # two targets must not install into .venv at the same time
-.PHONY: help demo test lint types docs bench wheel mutants support clean env-demo env-test env-docs env-bench
+.PHONY: help demo test lint types docs bench wheel kernels-full mutants support clean
+.PHONY: env-demo env-test env-docs env-bench
 
 python := .venv/bin/python
 export PYTHON TORCH           # tools/venv.sh reads them: make PYTHON=python3.12 test
@@ -11,8 +12,8 @@ DEMO_FLAGS ?=
 
 help:  ## show this list
 	@echo "usage: make TARGET"
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | while IFS="$$(printf '\t')" read -r name text; do \
-		printf '  %-8s  %s\n' "$$name" "$$text"; done
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | while IFS="$$(printf '\t')" read -r name text; do \
+		printf '  %-12s  %s\n' "$$name" "$$text"; done
 
 demo: env-demo  ## train a small network in float16 on four ranks, one of which overflows
 	@.venv/bin/shardscale demo $(DEMO_FLAGS)
@@ -35,6 +36,9 @@ bench: env-bench  ## measure side by side with torch's own scalers
 
 wheel: env-test  ## build the wheel into dist/ and test an installed copy of it
 	@sh tools/wheel.sh
+
+kernels-full: env-test  ## the whole grid of the GPU kernels, interpreted and compiled; minutes
+	@KERNELS_FULL=1 $(python) -m pytest tests/kernels
 
 mutants: env-test  ## break the library on purpose, line by line, and see that a test fails
 	@$(python) tests/mutants/run.py

@@ -242,20 +242,25 @@ def _squares_in_float64(
     """The program's sum once more, of magnitudes whose squares float32 does not hold."""
     tl.debug_barrier()  # what one thread has stored, another reads
     ITEM: tl.constexpr = DTYPE.primitive_bitwidth // 8
+    VECTOR: tl.constexpr = 16 // ITEM
+    BLOCK: tl.constexpr = LANES * VECTOR
     program = tl.program_id(0)
-    lanes = tl.arange(0, LANES)
+    lanes = tl.arange(0, BLOCK)
+    edge = tl.arange(0, 2 * VECTOR)
     sums = tl.zeros([LANES], tl.float64)
+    edge_sums = tl.zeros([2 * VECTOR], tl.float64)
     for index in range(tl.load(programs + program), tl.load(programs + program + 1)):
-        _, head, body, length, rest = _segment(addresses, segments, index, ITEM)
-        begin = (body - head * ITEM).to(tl.pointer_type(DTYPE))
-        numel = head + length + rest
-        for i in range(0, numel, LANES):
-            x = tl.load(begin + (i + lanes), mask=i + lanes < numel, other=0.0)
-            x = _widen(x, DTYPE, BY_HAND).to(tl.float64)
-            if not STORED:
-                x = x * factor.to(tl.float64)
-            sums += x * x
-    return tl.sum(sums, 0)
+        address, head, body, length, rest = _segment(addresses, segments, index, ITEM)
+        for i in range(0, length, BLOCK):
+            at = _vectors(body, DTYPE) + (i + lanes)
+            x = _widen(tl.load(at, mask=i + lanes < length, other=0.0), DTYPE, BY_HAND)
+            product = x.to(tl.float64) if STORED else x.to(tl.float64) * factor.to(tl.float64)
+            sums += _fold_sum(product * product, VECTOR, LANES)
+        ends, inside = _edges(edge, address, head, body, length, rest, DTYPE)
+        edge_x = _widen(tl.load(ends, mask=inside, other=0.0), DTYPE, BY_HAND).to(tl.float64)
+        edge_product = edge_x if STORED else edge_x * factor.to(tl.float64)
+        edge_sums += edge_product * edge_product
+    return tl.sum(sums, 0) + tl.sum(edge_sums, 0)
 
 
 @triton.constexpr_function

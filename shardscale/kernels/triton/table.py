@@ -117,7 +117,7 @@ def _lie(grads: Sequence[Tensor]) -> tuple[bytes, bytes]:
 
 def _find(grads: Sequence[Tensor], key: _Key, addresses: bytes) -> Table:
     device, _, numels = key
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    if _is_capturing(device):
         return _find_captured(key, addresses)
     table = _tables.get(key)
     if table is None or table.held != addresses:
@@ -129,6 +129,10 @@ def _find(grads: Sequence[Tensor], key: _Key, addresses: bytes) -> Table:
     _tables.move_to_end(key)
     _order(table)
     return table
+
+
+def _is_capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _find_captured(key: _Key, addresses: bytes) -> Table:
