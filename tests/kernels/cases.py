@@ -20,8 +20,9 @@ from torch import Tensor
 from shardscale.errors import ConfigError, LayoutError
 from shardscale.kernels import reference
 from shardscale.kernels import triton as kernels
-from shardscale.kernels.triton.table import BLOCK_BYTES, DTYPES
+from shardscale.kernels.triton.table import BLOCKS
 
+DTYPES = list(BLOCKS)
 FULL = os.environ.get("KERNELS_FULL") == "1"
 FACTORS = [0.5, 1.0, 2.0**-16, 1.7, 1 / 3, 0.0, 3e38, 1e-40, math.inf, math.nan]
 INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -61,14 +62,16 @@ class Arena(NamedTuple):
 
 def places(dtype: torch.dtype) -> tuple[list[Place], int]:
     """Sizes around all borders, from every phase of a vector, in several layouts; and the end."""
-    vector, block = 16 // dtype.itemsize, BLOCK_BYTES // dtype.itemsize
+    vector, block = 16 // dtype.itemsize, BLOCKS[dtype]
     sizes = [0, 1, vector - 1, vector, vector + 1, 37, block, block + vector + 1]
     phases = [0, 1, vector - 1]
     if FULL:
         sizes += [2, 3 * vector, block - 1, block + 1, 2 * block + 1, 3 * block - vector]
         phases = list(range(vector))
     shapes: list[tuple[int, int, Callable[[Tensor], Tensor]]] = [
-        (phase, size, lambda flat: flat) for phase in sorted(set(phases)) for size in sorted(set(sizes))
+        (phase, size, lambda flat: flat)
+        for phase in sorted(set(phases))
+        for size in sorted(set(sizes))
     ]
     shapes += [
         (1, 1, lambda flat: flat.view(())),
@@ -202,7 +205,7 @@ def test_one_times_anything_leaves_every_bit_of_a_nan(device, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_one_bad_element_is_found_wherever_it_is(device, dtype):
     """In head, body and rest of a gradient, at each border between them; and nothing is not."""
-    vector, block = 16 // dtype.itemsize, BLOCK_BYTES // dtype.itemsize
+    vector, block = 16 // dtype.itemsize, BLOCKS[dtype]
     numel = block + 2 * vector
     spots = {0, 1, vector - 1, vector, block // 2, block, block + 1, numel - vector, numel - 1}
     memory = torch.ones(numel + vector, dtype=dtype, device=device)
@@ -284,7 +287,7 @@ def formula(grads: Sequence[Tensor], factor: float = 1.0) -> float:
 @pytest.mark.parametrize(("dtype", "magnitude"), NORM_CASES, ids=str)
 def test_the_sum_of_squares_is_the_float64_formulas(device, dtype, magnitude):
     """Finite for everything float32 can hold. Tolerance: see SQUARES_RTOL."""
-    block = BLOCK_BYTES // dtype.itemsize
+    block = BLOCKS[dtype]
     generator = torch.Generator().manual_seed(1)
     for numel in (1, block + 5, *([3, 9 * block + 3] if FULL else [])):
         rand = torch.rand(numel + 1, generator=generator, dtype=torch.float64)
@@ -317,8 +320,10 @@ def test_equal_values_are_summed_as_well_as_random_ones(device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_large_and_tiny_values_together(device, dtype):
     """In one vector, in one block, in one program and in several."""
-    block = BLOCK_BYTES // dtype.itemsize
-    mixed = torch.tensor([1e30, 1e-30, 3.0, torch.finfo(dtype).smallest_normal / 8, 3e38], dtype=dtype)
+    block = BLOCKS[dtype]
+    mixed = torch.tensor(
+        [1e30, 1e-30, 3.0, torch.finfo(dtype).smallest_normal / 8, 3e38], dtype=dtype
+    )
     for grads in (
         [mixed],
         [mixed[:4], mixed[4:]],
@@ -366,7 +371,7 @@ def test_sums_are_added_over_all_dtypes(device):
 @pytest.mark.parametrize("bad", BAD)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_sum_of_squares_of_what_is_not_finite_is_not_finite(device, dtype, bad):
-    for numel in (1, 100, BLOCK_BYTES // 2):
+    for numel in (1, 100, 5000):
         grad = torch.ones(numel, dtype=dtype, device=device)
         grad[-1] = bad
         squares = zero(device)
@@ -471,7 +476,7 @@ def test_any_list_of_shards(device, shards, factor, bad):
 
 
 def test_moved_gradients_are_found_again(device):
-    """The table's addresses are compared at every call, also where sizes and dtypes are the same."""
+    """Addresses are compared at every call, also where sizes and dtypes are the same."""
     first, second = (torch.full((5000,), 8.0, device=device) for _ in range(2))
     for grad in (first, second, first, second[:], first):
         kernels.unscale_([grad], flag(device, 0.5), flag(device))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from shardscale.errors import ConfigError
-from shardscale.kernels.triton.table import BLOCK_BYTES, DTYPES, Part, Table, find_table
+from shardscale.kernels.triton.table import BLOCKS, Part, Table, find_table
 
 __all__ = ["check_", "count", "is_usable", "scale_", "unscale_"]
 
@@ -126,7 +126,7 @@ def is_usable(device: torch.device) -> str | None:
     Sync: reads the results.
     """
     try:
-        grads = [torch.full((3,), 3.0, dtype=dtype, device=device) for dtype in DTYPES]
+        grads = [torch.full((3,), 3.0, dtype=dtype, device=device) for dtype in BLOCKS]
         half = torch.full((), 0.5, dtype=torch.float32, device=device)
         found_inf = torch.zeros((), dtype=torch.float32, device=device)
         sum_squares = torch.zeros((), dtype=torch.float64, device=device)
@@ -198,7 +198,7 @@ def _start(
         part.programs,
         *tensors,
         DTYPE=getattr(tl, str(part.dtype).removeprefix("torch.")),
-        BLOCK=BLOCK_BYTES // part.dtype.itemsize,
+        BLOCK=BLOCKS[part.dtype],
         BY_HAND=knobs.runtime.interpret,
         num_warps=NUM_WARPS,
         # By default it would differ between versions of Triton, and so would sums.

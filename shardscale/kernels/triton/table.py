@@ -21,15 +21,15 @@ from torch import Tensor
 
 from shardscale.errors import ConfigError, LayoutError, StageError
 
-__all__ = ["BLOCK_BYTES", "DTYPES", "Part", "Table", "find_table", "rows_of", "takes"]
+__all__ = ["BLOCKS", "Part", "Table", "find_table", "rows_of", "takes"]
 
-BLOCK_BYTES = 8192
-"""What a program takes at a time."""
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-"""Of the gradients that can be worked on."""
+BLOCKS = {torch.float16: 2048, torch.bfloat16: 2048, torch.float32: 2048, torch.float64: 1024}
+"""Elements that a program takes at a time; a gradient of another dtype is not taken."""
 
 # Segments begin at multiples of this within a gradient: whole sectors of memory.
 _CUT_BYTES = 256
+# For less no program is started; but a small gradient costs time, not bytes, and gets its own.
+_PROGRAM_BYTES = 8192
 # A program's offsets within a segment are 32 bits long.
 _MOST_ELEMENTS = 2**30
 _MOST_TABLES = 64
@@ -78,7 +78,7 @@ class Table(NamedTuple):
 def takes(grad: Tensor) -> bool:
     """Whether these kernels can work on a gradient: dense memory of any permutation."""
     return (
-        grad.dtype in DTYPES
+        grad.dtype in BLOCKS
         and grad.layout == torch.strided
         and grad.device.type in ("cuda", "cpu")
         and (grad.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense(grad))
@@ -102,6 +102,8 @@ def find_table(grads: Sequence[Tensor], device: torch.device) -> Table:
         host waits for it.
     """
     addresses, numels = _lie(grads)
+    if not numels.strip(b"\0"):
+        return Table(torch.empty(0, dtype=torch.int64, device=device), b"", (), None, None, None)
     key = (device, tuple(map(_DTYPE, grads)), numels)
     with _lock:
         return _find(grads, key, addresses)
@@ -208,8 +210,7 @@ def rows_of(
     per_cut = _CUT_BYTES // itemsize
     starts = np.concatenate([[0], np.cumsum(-(-numels // per_cut))])
     num_cuts = int(starts[-1])
-    # Small gradients cost a program time, not bytes, so they are given more of them.
-    worth = max(len(numels), -(-num_cuts // (BLOCK_BYTES // _CUT_BYTES)))
+    worth = max(len(numels), -(-num_cuts // (_PROGRAM_BYTES // _CUT_BYTES)))
     num_programs = min(most_programs, worth)
     num_programs = max(num_programs, -(-num_cuts // (_MOST_ELEMENTS // per_cut)))
     shares = np.arange(num_programs + 1) * num_cuts // num_programs
