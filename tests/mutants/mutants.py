@@ -46,6 +46,10 @@ _COMPILE = "tests/compile/test_one_process.py"
 _DEVICES = "tests/ranks/test_devices.py"
 _FOLD = "tests/ranks/test_fold_clip.py"
 _NATIVE = "tests/unit/test_native.py"
+_GRID = "tests/kernels/grid.py"
+_BITS = f"{_GRID}::test_unscale_gives_torchs_bits_and_the_references_flag"
+_NORMS = f"{_GRID}::test_the_sum_of_squares_is_the_float64_formulas"
+_TABLE = "tests/kernels/test_table.py"
 
 MUTANTS = [
     Mutant(
@@ -816,5 +820,107 @@ MUTANTS = [
         "sum_squares += squares.to(sum_squares.device)",
         "pass",
         (f"{_DEVICES}::test_gradients_of_several_devices_share_one_verdict_and_one_norm",),
+    ),
+    Mutant(
+        "triton: a last segment runs past the end of its gradient",
+        "shardscale/kernels/triton/source.py",
+        "    end = tl.minimum(tl.load(row + 2) + shift, numel)\n",
+        "    end = tl.load(row + 2) + shift\n",
+        (f"{_BITS}[torch.float32-0.5]", f"{_BITS}[torch.bfloat16-0.5]"),
+    ),
+    Mutant(
+        "triton: a head is longer than its gradient",
+        "shardscale/kernels/triton/source.py",
+        "    begin = tl.minimum(first + shift, numel)\n",
+        "    begin = first + shift\n",
+        (f"{_BITS}[torch.float32-0.5]", f"{_BITS}[torch.bfloat16-0.5]"),
+    ),
+    Mutant(
+        "triton: the flag is overwritten with zero",
+        "shardscale/kernels/triton/source.py",
+        "    if not good:\n        tl.store(found_inf, 1.0)",
+        "    if True:\n        tl.store(found_inf, tl.where(good, 0.0, 1.0))",
+        (f"{_GRID}::test_a_flag_is_stored_only_as_one",),
+    ),
+    Mutant(
+        "triton: inv_scale is rounded to float16",
+        "shardscale/kernels/triton/source.py",
+        "    factor = tl.load(inv_scale)\n",
+        "    factor = tl.load(inv_scale).to(tl.float16).to(tl.float32)\n",
+        (
+            f"{_BITS}[torch.float32-0.3333333333333333]",
+            f"{_BITS}[torch.float16-1e-40]",
+            f"{_NORMS}[torch.float32-1.0]",
+        ),
+    ),
+    Mutant(
+        "triton: a NaN is lost in the largest magnitude",
+        "shardscale/kernels/triton/source.py",
+        "    return tl.max(tl.max(x, 2), 0)\n",
+        "    return tl.max(tl.max(tl.where(x > 0x7F800000, 0, x), 2), 0)\n",
+        (
+            f"{_GRID}::test_one_bad_element_is_found_wherever_it_is[torch.float32]",
+            f"{_GRID}::test_count_counts_what_torch_counts[torch.bfloat16]",
+        ),
+    ),
+    Mutant(
+        "triton: partial sums are added in float32",
+        "shardscale/kernels/triton/source.py",
+        "tl.load(sum_squares) + tl.sum(sums, 0)",
+        "tl.load(sum_squares) + tl.sum(sums.to(tl.float32), 0)",
+        (
+            f"{_NORMS}[torch.float32-3e+38]",
+            f"{_GRID}::test_large_and_tiny_values_together[torch.bfloat16]",
+        ),
+    ),
+    Mutant(
+        "triton: squares that float32 does not hold are left as they are",
+        "shardscale/kernels/triton/source.py",
+        "            if good & (amax > 0) & (not safe):\n",
+        "            if good & (amax < 0):\n",
+        (
+            f"{_NORMS}[torch.float32-1e-30]",
+            f"{_NORMS}[torch.float32-1e-20]",
+            f"{_NORMS}[torch.bfloat16-1e+30]",
+            f"{_GRID}::test_large_and_tiny_values_together[torch.float32]",
+        ),
+    ),
+    Mutant(
+        "triton: a product too large for its dtype is not judged",
+        "shardscale/kernels/triton/source.py",
+        '    good = good & ((factor <= 1) | (stored < float("inf")))\n',
+        '    good = good & ((factor <= 1) | (product < float("inf")))\n',
+        (f"{_GRID}::test_a_product_is_judged_as_it_is_stored[torch.float16]",),
+    ),
+    Mutant(
+        "triton: a factor of one stores what it has multiplied",
+        "shardscale/kernels/triton/source.py",
+        "    writing = tl.where(factor != 1, BLOCK, 0)\n",
+        "    writing = tl.where(factor != 2, BLOCK, 0)\n",
+        (f"{_GRID}::test_one_times_anything_leaves_every_bit_of_a_nan[torch.float32]",),
+    ),
+    Mutant(
+        "triton: an address is not compared",
+        "shardscale/kernels/triton/table.py",
+        "    if table is None or table.held != addresses:\n        _refuse",
+        "    if table is None:\n        _refuse",
+        (
+            f"{_GRID}::test_moved_gradients_are_found_again",
+            f"{_TABLE}::test_an_address_alone_is_not_trusted[address]",
+        ),
+    ),
+    Mutant(
+        "triton: a capture trusts a table of other addresses",
+        "shardscale/kernels/triton/table.py",
+        "    if table is None or table.held != addresses:\n        table = _captured",
+        "    if table is None:\n        table = _captured",
+        (f"{_TABLE}::test_a_capture_takes_only_what_an_iteration_has_found_before",),
+    ),
+    Mutant(
+        "triton: memory that two gradients share is multiplied twice",
+        "shardscale/kernels/triton/table.py",
+        "    overlaps = begins[order[1:]] < (begins + sizes)[order[:-1]]\n",
+        "    overlaps = begins[order[1:]] == begins[order[:-1]]\n",
+        (f"{_GRID}::test_memory_shared_by_two_gradients_is_refused",),
     ),
 ]

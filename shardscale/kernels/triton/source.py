@@ -20,7 +20,7 @@ import triton.language as tl
 __all__ = ["count_kernel", "scale_kernel", "sum_kernel", "unscale_kernel"]
 
 # Squares in float32 are exact enough, and finite, while the largest product lies between these:
-# below, too much of a square is lost under 2^-149; above, a thread's sum of 32 may overflow.
+# below, too much of a square is lost under 2^-149; above, a thread's sum of 16 may overflow.
 _SMALLEST = tl.constexpr(2.0**-48)
 _LARGEST = tl.constexpr(2.0**60)
 
