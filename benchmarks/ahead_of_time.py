@@ -115,8 +115,7 @@ def variants() -> Iterator[Variant]:
                     continue  # knows no dtype
                 title = "sum" if of_sums else f"{name}, {str(dtype).removeprefix('torch.')}"
                 num_warps = options.pop("num_warps")
-                # It multiplies nothing, so nothing can be fused.
-                fusion = options.pop("enable_fp_fusion", True)
+                fusion = options.pop("enable_fp_fusion")
                 yield Variant(title, kernel, args, options, num_warps, fusion)
 
 

@@ -111,11 +111,17 @@ def test_a_capture_of_gradients_that_no_iteration_has_found_is_refused():
         iteration.run()
 
 
-def test_another_stream_waits_for_the_table():
-    """It is sent on a stream that is busy; a kernel that did not wait would read what was there."""
+@pytest.mark.parametrize("moves", [False, True])
+def test_another_stream_waits_for_the_table(moves):
+    """It is sent on a stream that is busy; a kernel that did not wait would read what was there.
+
+    Also where it sends addresses of its own: the segments come from the other one.
+    """
     streams = [torch.cuda.Stream(), torch.cuda.Stream()]
     for turn in range(5):
-        grads = [torch.full((5000 + turn,), 2.0, device="cuda") for _ in range(3)]
+        numel = 5000 + turn + 100 * moves
+        grads = [torch.full((numel,), 2.0, device="cuda") for _ in range(3)]
+        others = [grad.clone() for grad in grads] if moves else grads
         found = [flag("cuda"), flag("cuda")]
         half = flag("cuda", 0.5)
         torch.cuda.synchronize()
@@ -123,9 +129,9 @@ def test_another_stream_waits_for_the_table():
             torch.cuda._sleep(10**7)
             kernels.check_(grads, half, found[0])
         with torch.cuda.stream(streams[1]):
-            kernels.unscale_(grads, half, found[1])
+            kernels.unscale_(others, half, found[1])
         torch.cuda.synchronize()
-        assert all((grad == 1.0).all() for grad in grads)
+        assert all((grad == 1.0).all() for grad in others)
         assert [f.item() for f in found] == [0.0, 0.0]
 
 

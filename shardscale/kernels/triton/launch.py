@@ -19,8 +19,10 @@ from shardscale.kernels.triton.table import BLOCKS, Part, Table, find_table
 
 __all__ = ["check_", "count", "is_usable", "scale_", "unscale_"]
 
-NUM_WARPS = 4
-"""Of each program."""
+_NUM_WARPS = 4
+# Whether products are fused with additions would by default differ between versions of Triton, and
+# so would sums.
+_OPTIONS = {"num_warps": _NUM_WARPS, "enable_fp_fusion": True}
 _SUM_BLOCK = 1024
 
 
@@ -173,7 +175,7 @@ def _judge(
             )
         if partials is not None:
             _source().sum_kernel[(1,)](
-                partials, partials.numel(), sum_squares, BLOCK=_SUM_BLOCK, num_warps=NUM_WARPS
+                partials, partials.numel(), sum_squares, BLOCK=_SUM_BLOCK, **_OPTIONS
             )
 
 
@@ -200,10 +202,8 @@ def _start(
         DTYPE=getattr(tl, str(part.dtype).removeprefix("torch.")),
         BLOCK=BLOCKS[part.dtype],
         BY_HAND=knobs.runtime.interpret,
-        num_warps=NUM_WARPS,
-        # By default it would differ between versions of Triton, and so would sums.
-        enable_fp_fusion=True,
         **constants,
+        **_OPTIONS,
     )
 
 
@@ -215,7 +215,7 @@ def _source() -> ModuleType:
 
 def _num_lanes(device: torch.device) -> int:
     warp = torch.cuda.get_device_properties(device).warp_size if device.type == "cuda" else 32
-    return NUM_WARPS * warp
+    return _NUM_WARPS * warp
 
 
 def _current(device: torch.device) -> AbstractContextManager[object]:

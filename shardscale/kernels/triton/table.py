@@ -35,6 +35,7 @@ _MOST_ELEMENTS = 2**30
 _MOST_TABLES = 64
 _PROGRAMS_PER_PROCESSOR = 8
 _DTYPE = attrgetter("dtype")
+_DEVICE = attrgetter("device")
 
 _Key = tuple[torch.device, tuple[torch.dtype, ...], bytes]
 _tables: OrderedDict[_Key, Table] = OrderedDict()
@@ -122,6 +123,8 @@ def _find(grads: Sequence[Tensor], key: _Key, addresses: bytes) -> Table:
     if _is_capturing(device):
         return _find_captured(key, addresses)
     table = _tables.get(key)
+    if table is not None:
+        _order(table)
     if table is None or table.held != addresses:
         _refuse(grads, device, addresses, numels)
         table = _upload(table or _build(grads, device, numels), addresses)
@@ -129,7 +132,6 @@ def _find(grads: Sequence[Tensor], key: _Key, addresses: bytes) -> Table:
         if len(_tables) > _MOST_TABLES:
             _tables.popitem(last=False)
     _tables.move_to_end(key)
-    _order(table)
     return table
 
 
@@ -154,15 +156,16 @@ def _find_captured(key: _Key, addresses: bytes) -> Table:
 
 def _refuse(grads: Sequence[Tensor], device: torch.device, lie: bytes, numels: bytes) -> None:
     """Raise if the device cannot work at this list, or would do so twice at some of it."""
-    for i, grad in enumerate(grads):
-        if grad.device != device:
-            raise ConfigError(
-                f"Gradient {i} is on {grad.device}, but found_inf on {device}. Call once for each "
-                "device, with a flag there."
-            )
-    begins, sizes = _words(lie), _words(numels) * _itemsizes(grads)
+    if {*map(_DEVICE, grads)} != {device}:
+        i = next(i for i, grad in enumerate(grads) if grad.device != device)
+        raise ConfigError(
+            f"Gradient {i} is on {grads[i].device}, but found_inf on {device}. Call once for each "
+            "device, with a flag there."
+        )
+    itemsizes = np.array([g.itemsize for g in grads], np.int64)
+    begins, sizes = _words(lie), _words(numels) * itemsizes
     filled = np.flatnonzero(sizes)
-    for i in filled[begins[filled] % _itemsizes(grads)[filled] != 0].tolist():
+    for i in filled[begins[filled] % itemsizes[filled] != 0].tolist():
         raise LayoutError(
             f"Gradient {i} begins within an element, at address {begins[i]:#x}. Clone it."
         )
@@ -222,6 +225,20 @@ def rows_of(
     return rows, np.searchsorted(borders, shares).astype(np.int32)
 
 
+def _order(table: Table) -> None:
+    """Make the current stream wait for what another one has sent, and memory wait for it.
+
+    Also where new addresses are to be sent: the segments are still those of the first time.
+    """
+    if table.stream is None or table.uploaded is None:
+        return
+    stream = torch.cuda.current_stream(table.addresses.device)
+    if stream != table.stream:
+        stream.wait_event(table.uploaded)
+        for tensor in (table.addresses, *(t for part in table.parts for t in part[1:])):
+            tensor.record_stream(stream)
+
+
 def _upload(table: Table, addresses: bytes) -> Table:
     """The table with other addresses, which are on their way on the current stream."""
     if table.staging is None:
@@ -230,17 +247,6 @@ def _upload(table: Table, addresses: bytes) -> Table:
     sent, uploaded = table.staging.send(_words(addresses), device)
     stream = torch.cuda.current_stream(device)
     return table._replace(addresses=sent, held=addresses, uploaded=uploaded, stream=stream)
-
-
-def _order(table: Table) -> None:
-    """Make the current stream wait for what another one has sent, and memory wait for it."""
-    if table.stream is None or table.uploaded is None:
-        return
-    stream = torch.cuda.current_stream(table.addresses.device)
-    if stream != table.stream:
-        stream.wait_event(table.uploaded)
-        for tensor in (table.addresses, *(t for part in table.parts for t in part[1:])):
-            tensor.record_stream(stream)
 
 
 class _Staging:
@@ -272,10 +278,6 @@ def _send(values: np.ndarray, device: torch.device) -> Tensor:
 
 def _words(text: bytes) -> np.ndarray:
     return np.frombuffer(bytearray(text), np.int64)
-
-
-def _itemsizes(grads: Sequence[Tensor]) -> np.ndarray:
-    return np.array([g.dtype.itemsize for g in grads], np.int64)
 
 
 def _most_programs(device: torch.device) -> int:
