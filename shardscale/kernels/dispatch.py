@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
-from operator import attrgetter
 from types import ModuleType
 
 import torch
@@ -17,7 +16,7 @@ from shardscale.kernels import foreach, native, triton
 
 __all__ = ["backend_name", "check_", "count", "is_dense", "scale_", "unscale_"]
 
-_DEVICE = attrgetter("device")
+_DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
 
 def unscale_(
@@ -139,13 +138,13 @@ def _groups(grads: Sequence[Tensor]) -> Iterator[tuple[ModuleType, torch.device,
 
     Those with gaps, and tensors of a class of their own, go to torch's operators.
     """
-    is_alike = set(map(type, grads)) == {Tensor} and len(set(map(_DEVICE, grads))) == 1
-    if is_alike and all(map(Tensor.is_contiguous, grads)):
+    if grads and native.survey(grads) is not None:
         yield _backend_of(grads[0].device), grads[0].device, list(grads)  # nothing to sort
         return
     groups: dict[tuple[ModuleType, torch.device], list[Tensor]] = {}
     for g in grads:
-        backend = _backend_of(g.device) if type(g) is Tensor and is_dense(g) else foreach
+        is_known = type(g) is Tensor and g.dtype in _DTYPES and is_dense(g)
+        backend = _backend_of(g.device) if is_known else foreach
         groups.setdefault((backend, g.device), []).append(g)
     for (backend, device), group in groups.items():
         yield backend, device, group
@@ -163,7 +162,7 @@ def _backend_of(device: torch.device) -> ModuleType:
         reason = native.why_not()
         backend: ModuleType = native
     elif device.type == "cuda":  # ROCm calls its devices so, too
-        reason = triton.is_usable(device)
+        reason = triton.why_not(device)
         backend = triton
     else:
         return foreach

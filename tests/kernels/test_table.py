@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardscale.errors import StageError
-from shardscale.kernels.triton import table, takes
+from shardscale.kernels.triton import table
 from shardscale.kernels.triton.table import find_table, rows_of
 
 CPU = torch.device("cpu")
@@ -158,28 +158,3 @@ def test_a_capture_takes_only_what_an_iteration_has_found_before(monkeypatch):
     assert find_table(grads, CPU) is known
     with pytest.raises(StageError):
         find_table(moved, CPU)
-
-
-def test_only_dense_memory_of_known_dtypes_is_taken():
-    dense = torch.ones(4, 6)
-    for grad in (
-        dense,
-        dense.t(),
-        dense[1:3],
-        dense[:0],
-        dense[0, 0],
-        dense.half(),
-        dense.double(),
-    ):
-        assert takes(grad)
-    for grad in (
-        dense[:, ::2],
-        torch.ones(1).expand(3),
-        dense.to_sparse(),
-        dense.int(),
-        dense.cfloat(),
-        torch.ones(3, device="meta"),
-    ):
-        assert not takes(grad)
-    # Begins within an element.
-    assert not takes(torch.frombuffer(bytearray(41), dtype=torch.float32, count=9, offset=1))

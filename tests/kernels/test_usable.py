@@ -24,17 +24,17 @@ def test_importing_the_package_does_not_import_triton():
 
 def test_a_missing_triton_is_a_reason(monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)
-    assert "triton" in kernels.is_usable(CPU)
+    assert "triton" in kernels.why_not(CPU)
 
 
 def test_a_device_that_triton_does_not_know_is_a_reason():
     """The host, unless Triton is told to interpret."""
-    assert kernels.is_usable(CPU) is not None
+    assert kernels.why_not(CPU) is not None
 
 
 def test_wrong_results_are_a_reason(monkeypatch):
     monkeypatch.setattr(launch, "unscale_", lambda *args: None)
-    assert kernels.is_usable(CPU) == (
-        "its results are wrong: "
-        "[3.0, 3.0, 3.0, 3.0, 3.0, 3.0, 3.0, 3.0, 3.0, 3.0, 3.0, 3.0, 0.0, 0.0]"
+    assert kernels.why_not(CPU) == (
+        "Triton's results are wrong there: "
+        "[3.0, 3.0, 3.0, 3.0, 3.0, 3.0, 3.0, 3.0, 3.0, 3.0, 3.0, 3.0, 0.0, 0.0]."
     )

@@ -334,7 +334,7 @@ def test_a_tensor_may_have_more_elements_than_32_bits_can_count():
         assert native.check_([grad[:-1]], flag(1.0), found, sums, 2)
         assert (found.item(), sums.item()) == (0.0, 25.0)
         assert native.count([grad], 2) == [(1, 0, math.inf)]
-        assert native.addresses([grad]) == struct.pack("qq", grad.data_ptr(), numel)
+        assert native.survey([grad])[1] == struct.pack("q", numel)
         del grad
 
 
@@ -455,7 +455,7 @@ def test_wrong_calls_are_type_errors():
         lambda: native.count(None, 1),
         lambda: native.gather(),
         lambda: native.gather(3),
-        lambda: native.addresses(3),
+        lambda: native.survey(3),
     ):
         with pytest.raises(TypeError):
             call()
@@ -652,7 +652,7 @@ def test_gather_reads_the_local_part_of_a_distributed_gradient(mesh):
         assert other.grad._spec is not other._spec
         assert native.gather([other]) is None
     assert native.unscale_([param.grad], flag(0.5), flag(), None, 1) is False
-    assert native.addresses([param.grad]) is None
+    assert native.survey([param.grad]) is None
 
 
 def test_gather_names_the_first_parameter_of_each_mesh(mesh):
@@ -709,18 +709,25 @@ def test_gather_keeps_nothing_alive():
         native.unscale_([grad], flag(0.5), flag(), None, 1)
         native.unscale_([grad, 3], flag(0.5), flag(), None, 1)
         native.count([grad], 1)
-        native.addresses([grad])
-        native.addresses([grad, 3])
+        native.survey([grad])
+        native.survey([grad, 3])
     assert [sys.getrefcount(x) for x in (grad, param)] == counts
 
 
-def test_addresses_are_pairs_of_address_and_number_of_elements():
-    grads = [torch.ones(5), torch.ones(10)[3:], torch.ones(2, 3).t(), torch.ones(0), flag()]
-    want = [x for g in grads for x in (g.data_ptr(), g.numel())]
-    assert native.addresses(grads) == struct.pack("10q", *want)
-    assert native.addresses([]) == b""
-    for make in (UNUSUAL["parameter"], UNUSUAL["gaps"], UNUSUAL["no tensor"]):
-        assert native.addresses([torch.ones(2), make()]) is None
+def test_a_survey_tells_address_number_of_elements_and_dtype():
+    dense = [torch.ones(5), torch.ones(10)[3:], torch.ones(2, 3).t(), torch.ones(0), flag()]
+    grads = [g.to(dtype) for g, dtype in zip(dense, [*DTYPES, torch.float32], strict=True)]
+    addresses, numels, dtypes = native.survey(grads)
+    assert addresses == struct.pack("5q", *(g.data_ptr() for g in grads))
+    assert numels == struct.pack("5q", 5, 7, 6, 0, 1)
+    assert list(dtypes) == [0, 1, 2, 3, 2]
+    assert native.survey([]) == (b"", b"", b"")
+
+
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_a_survey_of_anything_unusual_tells_nothing(name):
+    for grads in ([UNUSUAL[name]()], [torch.ones(2), UNUSUAL[name](), torch.ones(3)]):
+        assert native.survey(grads) is None
 
 
 # --- where it is missing ------------------------------------------------------------------------

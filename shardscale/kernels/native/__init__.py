@@ -22,7 +22,25 @@ try:
 except ImportError:  # no compiler was there when shardscale was installed
     _native = None  # type: ignore[assignment]
 
-__all__ = ["Gathered", "check_", "count", "gather", "scale_", "unscale_", "why_not"]
+__all__ = [
+    "Gathered",
+    "Survey",
+    "check_",
+    "count",
+    "gather",
+    "scale_",
+    "survey",
+    "unscale_",
+    "why_not",
+]
+
+
+class Survey(NamedTuple):
+    """Where gradients lie, each field in their order."""
+
+    addresses: bytes  # int64
+    numels: bytes  # int64
+    dtypes: bytes  # one each: float16 0, bfloat16 1, float32 2, float64 3
 
 
 class Gathered(NamedTuple):
@@ -83,6 +101,12 @@ def gather(params: Sequence[Tensor]) -> Gathered | None:
     """
     found = _native.gather(params) if _is_ready() else None
     return None if found is None else Gathered(*found)
+
+
+def survey(grads: Sequence[Tensor]) -> Survey | None:
+    """Where gradients lie, if all of them are dense and on one device; None also without C."""
+    found = _native.survey(grads) if _is_ready() else None
+    return None if found is None else Survey(*found)
 
 
 def why_not() -> str | None:

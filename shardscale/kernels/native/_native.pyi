@@ -58,8 +58,13 @@ def gather(params: Iterable[Tensor], /) -> tuple[list[Tensor], list[Tensor], lis
         parameter, or two that overlap. No memory is looked at, so it is right for a GPU too.
     """
 
-def addresses(grads: Iterable[Tensor], /) -> bytes | None:
-    """The address and the number of elements of each gradient, as pairs of int64."""
+def survey(grads: Iterable[Tensor], /) -> tuple[bytes, bytes, bytes] | None:
+    """Of each gradient the address and the number of elements, int64, and a byte for its dtype.
+
+    Returns:
+        None unless all are dense, of one device, and float16 (0), bfloat16 (1), float32 (2) or
+        float64 (3).
+    """
 
 def init(tensor_type: type, parameter_type: type, dtensor_type: type, capsule: object, /) -> None:
     """Learn the types, and from torch's capsule how to read a tensor; until then none is read.

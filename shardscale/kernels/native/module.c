@@ -175,31 +175,59 @@ static PyObject *count(PyObject *module, PyObject *const *args, Py_ssize_t num_a
     return list;
 }
 
-static PyObject *addresses(PyObject *module, PyObject *const *args, Py_ssize_t num_args)
+/* What is known of the gradients of one device, as they stand in three arrays. */
+struct survey {
+    int64_t *addresses, *numels;
+    char *dtypes;
+    int32_t device_type, device_id;
+};
+
+static bool look_at(PyObject *grad, Py_ssize_t at, struct survey *out)
+{
+    struct dl_tensor tensor;
+    if (!read_tensor(grad, &tensor) || dtype_of(&tensor) < 0 || !is_dense(&tensor)) {
+        return false;
+    }
+    if (at == 0) {
+        out->device_type = tensor.device_type;
+        out->device_id = tensor.device_id;
+    }
+    out->addresses[at] = (int64_t)(intptr_t)address_of(&tensor);
+    out->numels[at] = count_elements(&tensor);
+    out->dtypes[at] = (char)dtype_of(&tensor);
+    bool has_memory = out->addresses[at] != 0 || out->numels[at] == 0;
+    return has_memory && tensor.device_type == out->device_type &&
+           tensor.device_id == out->device_id;
+}
+
+static PyObject *survey(PyObject *module, PyObject *const *args, Py_ssize_t num_args)
 {
     (void)module;
-    if (!takes("addresses", 1, num_args)) {
-        return NULL;
-    }
-    PyObject *grads = PySequence_Tuple(args[0]);
+    PyObject *grads = takes("survey", 1, num_args) ? PySequence_Tuple(args[0]) : NULL;
     if (grads == NULL) {
         return NULL;
     }
-    Py_ssize_t num = PyTuple_Size(grads);
-    PyObject *bytes = PyBytes_FromStringAndSize(NULL, num * 2 * (Py_ssize_t)sizeof(int64_t));
-    int64_t *at = bytes != NULL ? (int64_t *)PyBytes_AsString(bytes) : NULL;
-    for (Py_ssize_t i = 0; at != NULL && i < num; i++) {
-        struct dl_tensor tensor;
-        if (!read_tensor(PyTuple_GetItem(grads, i), &tensor) || !is_dense(&tensor)) {
-            Py_DECREF(bytes);
-            bytes = Py_BuildValue("");
-            break;
+    Py_ssize_t num = PyTuple_Size(grads), words = num * (Py_ssize_t)sizeof(int64_t);
+    PyObject *addresses = PyBytes_FromStringAndSize(NULL, words);
+    PyObject *numels = PyBytes_FromStringAndSize(NULL, words);
+    PyObject *dtypes = PyBytes_FromStringAndSize(NULL, num), *all = NULL;
+    if (addresses != NULL && numels != NULL && dtypes != NULL) {
+        struct survey out = {
+            .addresses = (int64_t *)PyBytes_AsString(addresses),
+            .numels = (int64_t *)PyBytes_AsString(numels),
+            .dtypes = PyBytes_AsString(dtypes),
+        };
+        bool known = true;
+        for (Py_ssize_t i = 0; known && i < num; i++) {
+            known = look_at(PyTuple_GetItem(grads, i), i, &out);
         }
-        at[2 * i] = (int64_t)(intptr_t)address_of(&tensor);
-        at[2 * i + 1] = count_elements(&tensor);
+        all = known ? PyTuple_Pack(3, addresses, numels, dtypes) : Py_BuildValue("");
     }
+    Py_XDECREF(addresses);
+    Py_XDECREF(numels);
+    Py_XDECREF(dtypes);
     Py_DECREF(grads);
-    return bytes;
+    return all;
 }
 
 static PyObject *init(PyObject *module, PyObject *const *args, Py_ssize_t num_args)
@@ -256,7 +284,6 @@ static PyObject *use_instruction_set(PyObject *module, PyObject *const *args, Py
 
 /* Described in _native.pyi. */
 static PyMethodDef functions[] = {
-    FUNCTION("addresses", addresses),
     FUNCTION("check_", check),
     FUNCTION("count", count),
     FUNCTION("gather", gather),
@@ -264,6 +291,7 @@ static PyMethodDef functions[] = {
     FUNCTION("instruction_set", instruction_set),
     FUNCTION("instruction_sets", instruction_sets),
     FUNCTION("scale_", scale),
+    FUNCTION("survey", survey),
     FUNCTION("unscale_", unscale),
     FUNCTION("use_instruction_set", use_instruction_set),
     {NULL, NULL, 0, NULL},

@@ -17,7 +17,7 @@ from torch import Tensor
 from shardscale.errors import ConfigError
 from shardscale.kernels.triton.table import BLOCKS, Part, Table, find_table
 
-__all__ = ["check_", "count", "is_usable", "scale_", "unscale_"]
+__all__ = ["check_", "count", "scale_", "unscale_", "why_not"]
 
 _NUM_WARPS = 4
 # Whether products are fused with additions would by default differ between versions of Triton, and
@@ -35,7 +35,7 @@ def unscale_(
     """Multiply each gradient by ``inv_scale`` in place, looking for Inf and NaN on the way.
 
     Args:
-        grads: Gradients that ``takes`` accepts, on the flag's device; dtypes may be mixed.
+        grads: Dense gradients on the flag's device, of any shape; dtypes may be mixed.
         inv_scale: () float32. Exactly 1 leaves every bit alone.
         found_inf: () float32; becomes 1.0 if an element is not finite, is left alone otherwise. The
             scaled input is judged; where ``inv_scale`` exceeds 1, the product too. An
@@ -117,7 +117,7 @@ def count(grads: Sequence[Tensor]) -> Tensor:
     return result
 
 
-def is_usable(device: torch.device) -> str | None:
+def why_not(device: torch.device) -> str | None:
     """Find out whether the kernels work on a device, by compiling one and running it.
 
     Not to be asked while a graph is being captured.
@@ -135,9 +135,9 @@ def is_usable(device: torch.device) -> str | None:
         unscale_(grads, half, found_inf, sum_squares)
         results = [*(x for g in grads for x in g.tolist()), found_inf.item(), sum_squares.item()]
     except Exception as error:  # noqa: BLE001 - whatever a compiler or driver raises means the same
-        return f"{type(error).__name__}: {error}"
+        return f"Triton does not work there, {type(error).__name__}: {error}"
     if results != [1.5] * 12 + [0.0, 12 * 1.5**2]:
-        return f"its results are wrong: {results}"
+        return f"Triton's results are wrong there: {results}."
     return None
 
 

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from shardscale.errors import ConfigError, LayoutError, StageError
+from shardscale.kernels import native
 
-__all__ = ["BLOCKS", "Part", "Table", "find_table", "rows_of", "takes"]
+__all__ = ["BLOCKS", "Part", "Table", "find_table", "rows_of"]
 
 BLOCKS = {torch.float16: 2048, torch.bfloat16: 2048, torch.float32: 2048, torch.float64: 1024}
 """Elements that a program takes at a time; a gradient of another dtype is not taken."""
@@ -37,7 +38,7 @@ _PROGRAMS_PER_PROCESSOR = 8
 _DTYPE = attrgetter("dtype")
 _DEVICE = attrgetter("device")
 
-_Key = tuple[torch.device, tuple[torch.dtype, ...], bytes]
+_Key = tuple[torch.device, bytes, bytes]
 _tables: OrderedDict[_Key, Table] = OrderedDict()
 # What a graph has captured it reads at every replay, and nobody says when the last one was.
 _captured: dict[tuple[_Key, bytes], Table] = {}
@@ -76,22 +77,11 @@ class Table(NamedTuple):
     """On which they were sent."""
 
 
-def takes(grad: Tensor) -> bool:
-    """Whether these kernels can work on a gradient: dense memory of any permutation."""
-    return (
-        grad.dtype in BLOCKS
-        and grad.layout == torch.strided
-        and grad.device.type in ("cuda", "cpu")
-        and (grad.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense(grad))
-        and grad.data_ptr() % grad.itemsize == 0
-    )
-
-
 def find_table(grads: Sequence[Tensor], device: torch.device) -> Table:
     """The table of these gradients, up to date and safe to use on the current stream.
 
     Args:
-        grads: Gradients that :func:`takes` accepts, all on ``device``.
+        grads: Dense gradients of the four dtypes, all on ``device``.
         device: Where the flag is; it must be the current one.
 
     Raises:
@@ -102,19 +92,19 @@ def find_table(grads: Sequence[Tensor], device: torch.device) -> Table:
     Sync: none; but where two lists were sent before this one and the first is still on its way, the
         host waits for it.
     """
-    addresses, numels = _lie(grads)
+    addresses, numels, dtypes = native.survey(grads) or _survey(grads)
     if not numels.strip(b"\0"):
         return Table(torch.empty(0, dtype=torch.int64, device=device), b"", (), None, None, None)
-    key = (device, tuple(map(_DTYPE, grads)), numels)
     with _lock:
-        return _find(grads, key, addresses)
+        return _find(grads, (device, dtypes, numels), addresses)
 
 
-def _lie(grads: Sequence[Tensor]) -> tuple[bytes, bytes]:
-    """Where each gradient begins and how many elements it has, as int64 words."""
-    return (
+def _survey(grads: Sequence[Tensor]) -> native.Survey:
+    """What the C code finds in a tenth of the time."""
+    return native.Survey(
         array("q", map(Tensor.data_ptr, grads)).tobytes(),
         array("q", map(Tensor.numel, grads)).tobytes(),
+        bytes(map(list(BLOCKS).index, map(_DTYPE, grads))),
     )
 
 
