@@ -195,6 +195,37 @@ def test_gradients_on_the_host_and_on_the_gpu_share_one_verdict():
         assert [p[0].item() for p in params] == ([0.5, 0.5] if bad_on is None else [1.0, 1.0])
 
 
+def test_gradients_here_are_given_to_triton():
+    """A warning, which is an error here, would say why not."""
+    model = torch.nn.Linear(3, 2, device="cuda")
+    table = ShardedGradScaler("cuda").attach(model).describe()
+
+    assert [line.split()[-1] for line in table.splitlines()[1:]] == ["triton", "triton"]
+
+
+def test_a_clip_is_folded_without_a_word_to_the_host():
+    """It ends where clipping in place ends; of the bad step nothing is left."""
+    ends = []
+    for fold in (True, False):
+        params = make_params()
+        optimizer = torch.optim.AdamW(params, lr=0.1, fused=True)
+        scaler = ShardedGradScaler("cuda", init_scale=1024.0, fold_clip=fold)
+        for step in range(NUM_STEPS):
+            give_grads(params, scaler.get_scale(), step)
+            before = [p.grad.clone() for p in params]
+            with host_reads_are("default" if step == 0 else "error"):
+                scaler.scale(torch.ones((), device="cuda"))
+                scaler.clip_grad_norm_(optimizer, 1.0)
+                after = [p.grad.clone() for p in params]
+                scaler.step(optimizer)
+                scaler.update()
+            assert not fold or all(map(torch.equal, before, after))
+        ends.append(torch.cat([p.detach().flatten() for p in params]))
+
+    # AdamW divides by the root of squares: an error of the factor comes through relatively.
+    torch.testing.assert_close(*ends, rtol=1e-4, atol=1e-5)
+
+
 def test_the_report_comes_one_iteration_late():
     params = make_params()
     optimizer = torch.optim.AdamW(params, fused=True)
