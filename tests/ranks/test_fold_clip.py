@@ -204,6 +204,7 @@ def train(rank, size, name, fold):
 
 @pytest.mark.parametrize("name", ["DDP", "FSDP1 FULL_SHARD original", "FSDP2"])
 def test_sharded_training_folds_and_skips_together(ranks, name):
+    """Contract 51: see the name."""
     folded, in_place = (ranks.run(train, 3, name=name, fold=fold) for fold in (True, False))
     for (norms, moved, values), (their_norms, _, want) in zip(folded, in_place, strict=True):
         assert [alone for alone, _ in moved] == [True] * 4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from shardscale import ShardedGradScaler
@@ -42,6 +43,46 @@ def test_where_it_does_not_the_others_raise_at_the_next_update(ranks):
         places = [place[:2] for place in errors]
         assert places == ([(0, "step")] if rank == 1 else []) + [(1, "update")]
         assert_told(rank, *errors[-1][2:])
+
+
+def overlap(params):
+    params[1].grad = params[0].grad[4:]
+
+
+def free(params):
+    params[1].grad.untyped_storage().resize_(0)
+
+
+BAD_MEMORY = {
+    "shared": (overlap, "the gradients of whole and part share memory"),
+    "freed": (free, "the gradient of part has elements, but no memory"),
+}
+
+
+def step_on_bad_memory(rank, size, how):
+    """On rank 1 two gradients have an element in common, or one has lost its memory."""
+    model = torch.nn.ParameterDict({"whole": torch.ones(5), "part": torch.ones(1)})
+    params = [model["whole"], model["part"]]
+    optimizer = torch.optim.SGD(params, lr=0.5)
+    scaler = ShardedGradScaler("cpu", init_scale=4.0, model=model)
+    for p in params:
+        p.grad = torch.full_like(p, 4.0)
+    if rank == 1:
+        BAD_MEMORY[how][0](params)
+    found = outcome(lambda: scaler.step(optimizer))
+    return found.error, found.message, [p.tolist() for p in params]
+
+
+@pytest.mark.parametrize("how", BAD_MEMORY)
+def test_memory_that_is_shared_or_gone_is_an_error_on_every_rank(ranks, how):
+    """Contract 52: by name where it is, and nothing moves."""
+    for rank, (error, message, values) in enumerate(ranks.run(step_on_bad_memory, 3, how=how)):
+        assert values == [[1.0] * 5, [1.0]]
+        text = BAD_MEMORY[how][1]
+        assert (error, text in message) == (
+            "LayoutError" if rank == 1 else "DisagreementError",
+            True,
+        )
 
 
 def assert_told(rank, error, message):
