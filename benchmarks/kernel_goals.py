@@ -118,9 +118,9 @@ def goals_of(facts: Facts) -> dict[str, float]:
     if not facts.is_large:
         return {}
     by_dtype: dict[torch.dtype, dict[str, float]] = {
-        torch.float32: {"torch": 1, "sum": 1.05, "not active": 2.5},
-        torch.bfloat16: {"torch": 1.6, "sum": 1.05, "not active": 4},
-        torch.float16: {"sum": 1.05, "not active, mul": 0.9},
+        torch.float32: {"torch": 1, "not active": 2.5},
+        torch.bfloat16: {"torch": 1.6, "not active": 4},
+        torch.float16: {"not active, mul": 0.9},
     }
     return by_dtype[facts.dtype]
 

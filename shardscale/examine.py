@@ -16,11 +16,11 @@ from shardscale.errors import LayoutError, StageError
 from shardscale.layouts import Layouts
 from shardscale.placements import align_
 from shardscale.records import Members, ScaleState, ShardStats
-from shardscale.shards import LocalShards, local_shards, params_of
+from shardscale.shards import LocalShards, local_shards, params_of, require_apart
 from shardscale.stages import Entry, Stages
 from shardscale.stamps import Stamps, those_alive
 
-__all__ = ["Examiner", "Question", "divisor_of", "nothing_found"]
+__all__ = ["Examiner", "Question", "divisor_of", "nothing_found", "split_divisor"]
 
 
 class Question(NamedTuple):
@@ -48,7 +48,7 @@ class Examiner:
         self._stages = stages
         self._stamps = stamps
         self._members = members
-        self._gathered: LocalShards | None = None  # of the one optimizer that is asked about
+        self._gathered: kernels.Gathered | None = None  # of all that is asked about
 
     def prepare(self, optimizers: Sequence[Any], timeout_s: float | None) -> None:
         """Bring DTensor gradients to their parameters' placements, and refuse wrong optimizers.
@@ -72,8 +72,7 @@ class Examiner:
             sharded = list({id(p): p for p in params if isinstance(p, DTensor)}.values())
             summed = align_(sharded, self._layouts.name_of, timeout_s)
             self._layouts.mark_summed(summed)
-        if len(optimizers) == 1 and gathered is not None:
-            self._gathered = LocalShards(gathered.params, gathered.grads)
+        self._gathered = gathered
         self._layouts.require_inside(sharded, self._members)
         self._layouts.require_synced(params, self._members)
         self._layouts.require_in_use(params)
@@ -95,13 +94,11 @@ class Examiner:
         if isinstance(question.max_norm, Tensor):  # nobody has looked at it yet
             found_inf = torch.where(question.max_norm >= 0, found_inf, 1.0)
         grads: list[list[Tensor]] = []
-        for optimizer in question.optimizers:
+        found = self._shards_of(question.optimizers, squares is not None)
+        for optimizer, shards in zip(question.optimizers, found, strict=True):
             entry = self._stages.of(optimizer)
             earlier = None if entry.was_judged else self._stamps.unscaled_before(optimizer)
             since = earlier.made_since(params_of(optimizer)) if earlier else ()
-            shards = self._gathered
-            if shards is None:
-                shards = local_shards(optimizer, self._layouts.name_of, squares is not None)
             if not shards.grads:  # they may be gone already
                 refuse_optimizers_in_backward(params_of(optimizer), self._layouts.name_of)
             grads.append(shards.grads)
@@ -122,6 +119,16 @@ class Examiner:
             if entry.agreement is not None:
                 found_inf = torch.maximum(found_inf, entry.agreement.found_inf)
         return ShardStats(found_inf, squares), grads
+
+    def _shards_of(self, optimizers: Sequence[Any], coalesced: bool) -> list[LocalShards]:
+        """Each optimizer's local shards."""
+        if self._gathered is not None and len(optimizers) == 1:
+            return [LocalShards(self._gathered.params, self._gathered.grads)]
+        name_of = self._layouts.name_of
+        shards = [local_shards(optimizer, name_of, coalesced) for optimizer in optimizers]
+        if self._gathered is None and len(shards) > 1:  # else they were found apart
+            require_apart(shards, name_of)
+        return shards
 
     def _unscale_made_since_(
         self,
@@ -176,6 +183,17 @@ def divisor_of(entry: Entry, stamps: Stamps, state: ScaleState) -> Tensor:
     if entry.is_unscaled:
         return torch.ones_like(state.scale)
     return stamps.of([entry.optimizer], state.scale)
+
+
+def split_divisor(divisor: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+    """A divisor and a factor of 0 to 1 as one divisor, and what is left to be multiplied by.
+
+    All () float32. What is left is exactly 1 where float32 holds ``divisor / factor``.
+    """
+    largest = torch.finfo(torch.float32).max
+    quotient = divisor / factor
+    fits = quotient <= largest
+    return torch.where(fits, quotient, largest), torch.where(fits, 1.0, largest / divisor * factor)
 
 
 def nothing_found(state: ScaleState) -> ShardStats:

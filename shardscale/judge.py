@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,8 +14,8 @@ from shardscale import kernels, verdict
 from shardscale.backward import mistake_inside_backward
 from shardscale.comm import Bond, Communicator
 from shardscale.dispute import PATIENCE_S, Dispute, answer
-from shardscale.errors import MissingRankError, StageError
-from shardscale.examine import Examiner, Question, divisor_of, nothing_found
+from shardscale.errors import LayoutError, MissingRankError, StageError
+from shardscale.examine import Examiner, Question, divisor_of, nothing_found, split_divisor
 from shardscale.fused import is_fused
 from shardscale.layouts import Layouts
 from shardscale.ledger import Ledger, Unread, summary
@@ -119,10 +120,10 @@ class Judge:
             # Exactly 1 on a skip, which leaves every bit alone.
             factor = verdict.clip_coefficient(agreement, question.max_norm)
             for optimizer, group in zip(question.optimizers, grads, strict=True):
+                rest = factor
                 if question.leaves_scaled(optimizer):
-                    self._leave_to_step(optimizer, factor, state)
-                else:
-                    kernels.scale_(group, factor)
+                    rest = self._leave_to_step(optimizer, factor, state)
+                kernels.scale_(group, rest)
         return agreement
 
     @torch.no_grad()
@@ -205,7 +206,10 @@ class Judge:
         captured = self.is_captured(state)
         stages = self.stages
         for optimizer in stages.left_to_divide():  # the next iteration knows nothing of this clip
-            self.unscale_locally_(optimizer, state)
+            # One rank alone must not raise here. Where gradients have gone bad since their verdict,
+            # the next one meets them, and tells all ranks.
+            with contextlib.suppress(LayoutError):
+                self.unscale_locally_(optimizer, state)
         self.stamps.close(state.scale, stages.left_unscaled(), stages.num_unused_empty, captured)
         if self.replays is not None and self.replays.has_captured and agreements:
             flags, norm = summary(agreements)
@@ -323,13 +327,18 @@ class Judge:
             if question.method != "step":
                 entry.stage = OptState.UNSCALED
 
-    def _leave_to_step(self, optimizer: Any, factor: Tensor, state: ScaleState) -> None:
-        """Have an optimizer's kernel clip: dividing by less than the scale is multiplying."""
+    def _leave_to_step(self, optimizer: Any, factor: Tensor, state: ScaleState) -> Tensor:
+        """Have an optimizer's kernel clip, by the divisor that it is given in any case.
+
+        Returns:
+            () float32: what is to be multiplied all the same; 1 unless float32 does not hold the
+            divisor, as for a factor of 0.
+        """
         entry = self.stages.of(optimizer)
         divisor = divisor_of(entry, self.stamps, state)
         factor = factor.to(divisor.device, non_blocking=True)
-        # A factor of 0 must not give Inf, whose inverse would be no factor at all.
-        entry.divisor = (divisor / factor).clamp(max=torch.finfo(torch.float32).max)
+        entry.divisor, rest = split_divisor(divisor, factor)
+        return rest
 
     def _look_for_two_scales(self, optimizers: Sequence[Any], state: ScaleState) -> None:
         for optimizer in optimizers:

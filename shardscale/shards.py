@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from operator import attrgetter
 from types import NoneType
@@ -16,10 +16,11 @@ from torch.distributed.tensor import DTensor
 from shardscale import kernels
 from shardscale.errors import LayoutError
 
-__all__ = ["LocalShards", "local_shards", "params_of"]
+__all__ = ["LocalShards", "local_shards", "params_of", "require_apart"]
 
 _DTYPE = attrgetter("dtype")
 _REAL_DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+_PLAIN = (Tensor, torch.nn.Parameter)
 _ADDRESSED = ("cpu", "cuda")  # where our own kernels find gradients by their addresses
 _DTYPES = _REAL_DTYPES | {torch.complex64, torch.complex128}
 
@@ -82,15 +83,42 @@ def params_of(optimizer: Any) -> Iterator[Tensor]:
     return chain.from_iterable(group["params"] for group in optimizer.param_groups)
 
 
+def require_apart(shards: Sequence[LocalShards], name_of: Callable[[Tensor], str]) -> None:
+    """No memory may belong to two optimizers of a call: it would be unscaled twice.
+
+    Raises:
+        LayoutError: some does; names the parameters.
+    """
+    params = [p for some in shards for p in some.params]
+    grads = [g for some in shards for g in some.grads]
+    for one, other in _that_share(params, grads, name_of):
+        raise _shared(name_of(params[one]), name_of(params[other]))
+
+
 def _each_memory_once(
     params: list[Tensor], grads: list[Tensor], name_of: Callable[[Tensor], str]
 ) -> LocalShards:
-    """Leave out gradients that are another one's memory; refuse what shares a part, or has none.
+    """Leave out gradients that are another one's memory; refuse what shares a part, or has none."""
+    left_out = set()
+    for one, other in _that_share(params, grads, name_of):
+        if not _is_same_memory(grads[one], grads[other]):
+            raise _shared(name_of(params[one]), name_of(params[other]))
+        left_out.add(other)
+    if not left_out:
+        return LocalShards(params, grads)
+    kept = [i for i in range(len(grads)) if i not in left_out]
+    return LocalShards([params[i] for i in kept], [grads[i] for i in kept])
 
-    Those with gaps are not compared: what lies in the gaps may be another one's.
+
+def _that_share(
+    params: list[Tensor], grads: list[Tensor], name_of: Callable[[Tensor], str]
+) -> Iterator[tuple[int, int]]:
+    """Positions of gradients that share memory, each with one before it that it shares.
+
+    What begins in the gaps of another one is not compared with it.
     """
     # Elsewhere torch's operators do the work, and an address may mean nothing.
-    ours = [i for i, g in enumerate(grads) if type(g) is Tensor and g.device.type in _ADDRESSED]
+    ours = [i for i, g in enumerate(grads) if type(g) in _PLAIN and g.device.type in _ADDRESSED]
     plain = [i for i in ours if grads[i].numel()]
     for i in plain:
         if grads[i].data_ptr() == 0:
@@ -102,34 +130,40 @@ def _each_memory_once(
     starts = np.array([grads[i].data_ptr() for i in plain], dtype=np.int64)
     ends = starts + np.array([grads[i].nbytes for i in plain], dtype=np.int64)
     order = np.argsort(starts, kind="stable")
-    reached = np.maximum.accumulate(ends[order])
-    if not (starts[order][1:] < reached[:-1]).any():
-        return LocalShards(params, grads)
-    left_out: set[int] = set()
-    last: dict[torch.device, int] = {}  # on each device, of those so far, that which ends last
+    if not (starts[order][1:] < np.maximum.accumulate(ends[order])[:-1]).any():
+        return
+    newest: dict[torch.device, int] = {}  # of those so far on each device, that which begins last
+    dense: dict[torch.device, int] = {}  # and of those without gaps that which ends last
     for at in order:
         i = plain[at]
-        grad = grads[i]
-        if not kernels.is_dense(grad):
-            continue
-        before = last.setdefault(grad.device, i)
-        other = grads[before]
-        if before == i or grad.data_ptr() >= other.data_ptr() + other.nbytes:
-            last[grad.device] = i
-        elif _is_same_memory(grad, other):
-            left_out.add(i)
+        device = grads[i].device
+        before, around = newest.get(device), dense.get(device)
+        if before is not None and grads[before].data_ptr() == starts[at]:
+            yield before, i
+        elif around is not None and starts[at] < grads[around].data_ptr() + grads[around].nbytes:
+            yield around, i
         else:
-            raise LayoutError(
-                f"the gradients of {name_of(params[before])} and {name_of(params[i])} share "
-                "memory, so unscaling in place would multiply a part of it twice. Clone one."
-            )
-    kept = [i for i in range(len(grads)) if i not in left_out]
-    return LocalShards([params[i] for i in kept], [grads[i] for i in kept])
+            newest[device] = i
+            if kernels.is_dense(grads[i]):
+                dense[device] = i
 
 
 def _is_same_memory(one: Tensor, other: Tensor) -> bool:
-    alike = (one.data_ptr(), one.dtype, one.nbytes)
-    return alike == (other.data_ptr(), other.dtype, other.nbytes)
+    if (one.data_ptr(), one.dtype, one.numel()) != (other.data_ptr(), other.dtype, other.numel()):
+        return False
+    return _steps(one) == _steps(other) or (kernels.is_dense(one) and kernels.is_dense(other))
+
+
+def _steps(grad: Tensor) -> list[tuple[int, int]]:
+    pairs = zip(grad.stride(), grad.shape, strict=True)
+    return sorted((stride, size) for stride, size in pairs if size > 1)
+
+
+def _shared(one: str, other: str) -> LayoutError:
+    return LayoutError(
+        f"the gradients of {one} and {other} share memory, so unscaling in place would multiply a "
+        "part of it twice. Clone one."
+    )
 
 
 def _are_plain(grads: list[Tensor]) -> bool:
@@ -200,9 +234,8 @@ def _sparse_values(param: Tensor, grad: Tensor, coalesced: bool) -> Tensor:
 
 def _overlaps(grad: Tensor) -> bool:
     reach = 0
-    for stride, size in sorted(zip(grad.stride(), grad.shape, strict=True)):
-        if size > 1:
-            if stride <= reach:
-                return True
-            reach += stride * (size - 1)
+    for stride, size in _steps(grad):
+        if stride <= reach:
+            return True
+        reach += stride * (size - 1)
     return False

@@ -8,13 +8,14 @@ oracle of every kernel test). ``dispatch`` chooses.
 from shardscale.kernels import operators as _operators  # noqa: F401 - compiled code finds them
 from shardscale.kernels.dispatch import backend_name, check_, count, is_dense, scale_, unscale_
 from shardscale.kernels.inverse import inverse_scale
-from shardscale.kernels.native import gather
+from shardscale.kernels.native import Gathered, gather
 
 __all__ = [
     "backend_name",
     "check_",
     "count",
     "gather",
+    "Gathered",
     "inverse_scale",
     "is_dense",
     "scale_",

@@ -8,14 +8,29 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
+
+# Where a mode watches operators (make_fx, fake tensors, counters of bytes), it is shown ours.
+# torch.autograd.graph.increment_version takes longer to ask what a list is than to do this.
+from torch._C import _increment_version, _len_torch_dispatch_stack
 from torch.compiler import is_compiling
 
 from shardscale.caller import warn_caller
+from shardscale.errors import LayoutError
 from shardscale.kernels import foreach, native, triton
 
-__all__ = ["backend_name", "check_", "count", "is_dense", "scale_", "unscale_"]
+__all__ = [
+    "backend_name",
+    "check_",
+    "check_now_",
+    "count",
+    "is_dense",
+    "scale_",
+    "scale_now_",
+    "unscale_",
+    "unscale_now_",
+]
 
+_ADDRESSED = ("cpu", "cuda")
 _DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
 
@@ -38,12 +53,10 @@ def unscale_(
 
     Sync: none on an accelerator.
     """
-    if is_compiling():
+    if is_compiling() or _len_torch_dispatch_stack():
         torch.ops.shardscale.unscale_(grads, inv_scale, found_inf, sum_squares)
-        return
-    if not native.unscale_(grads, inv_scale, found_inf, sum_squares):
-        _on_each_device("unscale_", grads, inv_scale, found_inf, sum_squares)
-    increment_version(grads)
+    else:
+        unscale_now_(grads, inv_scale, found_inf, sum_squares)
 
 
 def check_(
@@ -63,10 +76,10 @@ def check_(
 
     Sync: none on an accelerator.
     """
-    if is_compiling():
+    if is_compiling() or _len_torch_dispatch_stack():
         torch.ops.shardscale.check_(grads, inv_scale, found_inf, sum_squares)
-    elif not native.check_(grads, inv_scale, found_inf, sum_squares):
-        _on_each_device("check_", grads, inv_scale, found_inf, sum_squares)
+    else:
+        check_now_(grads, inv_scale, found_inf, sum_squares)
 
 
 def scale_(grads: Sequence[Tensor], factor: Tensor) -> None:
@@ -76,15 +89,45 @@ def scale_(grads: Sequence[Tensor], factor: Tensor) -> None:
 
     Sync: none on an accelerator.
     """
-    if is_compiling():
+    if is_compiling() or _len_torch_dispatch_stack():
         torch.ops.shardscale.scale_(grads, factor)
+    else:
+        scale_now_(grads, factor)
+
+
+def unscale_now_(
+    grads: Sequence[Tensor],
+    inv_scale: Tensor,
+    found_inf: Tensor,
+    sum_squares: Tensor | None = None,
+) -> None:
+    """:func:`unscale_` past all that watches operators: what the operator of that name does."""
+    if not native.unscale_(grads, inv_scale, found_inf, sum_squares):
+        _on_each_device("unscale_", grads, inv_scale, found_inf, sum_squares)
+    _increment_version(grads)
+
+
+def check_now_(
+    grads: Sequence[Tensor],
+    inv_scale: Tensor,
+    found_inf: Tensor,
+    sum_squares: Tensor | None = None,
+) -> None:
+    """:func:`check_` past all that watches operators."""
+    if not native.check_(grads, inv_scale, found_inf, sum_squares):
+        _on_each_device("check_", grads, inv_scale, found_inf, sum_squares)
+
+
+def scale_now_(grads: Sequence[Tensor], factor: Tensor) -> None:
+    """:func:`scale_` past all that watches operators."""
+    if factor.is_cpu and factor.item() == 1:
         return
     if not native.scale_(grads, factor):
         for backend, device, group in _groups(grads):
             local = factor.to(device, non_blocking=device.type != "cpu")
             if backend.scale_(group, local) is False:
                 foreach.scale_(group, local)
-    increment_version(grads)
+    _increment_version(grads)
 
 
 def count(grads: Sequence[Tensor]) -> Tensor:
@@ -94,11 +137,15 @@ def count(grads: Sequence[Tensor]) -> Tensor:
 
     Sync: one read for each device.
     """
-    counts = torch.zeros((len(grads), 3), dtype=torch.float64, device="cpu")
-    place = {id(g): i for i, g in enumerate(grads)}
+    rows: dict[int, Tensor] = {}
     for backend, _, group in _groups(grads):
-        counts[[place[id(g)] for g in group]] = backend.count(group).cpu()
-    return counts
+        counts = backend.count(group)
+        if counts is None:
+            counts = foreach.count(group)
+        rows.update(zip(map(id, group), counts.cpu(), strict=True))
+    if not rows:
+        return torch.zeros((0, 3), dtype=torch.float64, device="cpu")
+    return torch.stack([rows[id(g)] for g in grads])
 
 
 def backend_name(device: torch.device) -> str:
@@ -142,7 +189,12 @@ def _groups(grads: Sequence[Tensor]) -> Iterator[tuple[ModuleType, torch.device,
         yield _backend_of(grads[0].device), grads[0].device, list(grads)  # nothing to sort
         return
     groups: dict[tuple[ModuleType, torch.device], list[Tensor]] = {}
-    for g in grads:
+    for i, g in enumerate(grads):
+        if type(g) is Tensor and g.device.type in _ADDRESSED and g.numel() and not g.data_ptr():
+            raise LayoutError(
+                f"gradient {i}, of shape {tuple(g.shape)}, has elements, but no memory: it was "
+                "freed. Keep gradients until they are unscaled."
+            )
         is_known = type(g) is Tensor and g.dtype in _DTYPES and is_dense(g)
         backend = _backend_of(g.device) if is_known else foreach
         groups.setdefault((backend, g.device), []).append(g)

@@ -73,7 +73,7 @@ def check_(
         else:
             _judge_largest(group, found_inf, inv_scale)
         if sum_squares is not None:
-            sum_squares += _sum_squares(group) * inv_scale.double().square()
+            sum_squares += _sum_squares(group, inv_scale.double())
 
 
 def scale_(grads: Sequence[Tensor], factor: Tensor) -> None:
@@ -147,22 +147,24 @@ def _multiply_(group: list[Tensor], factor: Tensor) -> None:
         torch.mul(flat, factor.view(1), out=flat)
 
 
-def _sum_squares(group: list[Tensor]) -> Tensor:
+def _sum_squares(group: list[Tensor], factor: Tensor | float = 1.0) -> Tensor:
+    """The sum of (factor times gradient) squared; a factor is () float64."""
     if group[0].device.type == "cpu":
-        return _sum_squares_on_host(group)
+        return _sum_squares_on_host(group, factor)
     filled = [g for g in group if g.numel()]
     if not filled:
         return torch.zeros((), dtype=torch.float64, device=group[0].device)
     norms = torch._foreach_norm(filled, 2, dtype=torch.float64)
-    return torch.stack(norms).square().sum()
+    return (torch.stack(norms) * factor).square().sum()
 
 
-def _sum_squares_on_host(group: list[Tensor]) -> Tensor:
+def _sum_squares_on_host(group: list[Tensor], factor: Tensor | float = 1.0) -> Tensor:
     total = torch.zeros((), dtype=torch.float64, device="cpu")
     for batch in _batches(group):
         flat = batch[0].flatten() if len(batch) == 1 else _flatten_dense_tensors(batch)
         # float64 holds the square of every float32, and its sums are exact enough for any number.
-        total += torch.linalg.vector_norm(flat.double()).square()
+        wide = flat.double() if isinstance(factor, float) else flat.double() * factor
+        total += torch.linalg.vector_norm(wide).square()
     return total
 
 

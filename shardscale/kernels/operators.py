@@ -18,8 +18,8 @@ LIBRARY = Library("shardscale", "DEF")
 _FOUND = "Tensor inv_scale, Tensor({}!) found_inf, Tensor({}!)? sum_squares=None"
 
 
-def _register(kernel: Callable[..., None], schema: str) -> None:
-    name = LIBRARY.define(f"{kernel.__name__}({schema}) -> ()")
+def _register(name: str, schema: str, kernel: Callable[..., None]) -> None:
+    LIBRARY.define(f"{name}({schema}) -> ()")
     LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
     register_fake(f"shardscale::{name}", _writes_only, lib=LIBRARY)
 
@@ -28,6 +28,6 @@ def _writes_only(*_: torch.Tensor) -> None:
     """No output: what is known of the arguments before the call holds after it."""
 
 
-_register(dispatch.unscale_, "Tensor(a!)[] grads, " + _FOUND.format("b", "c"))
-_register(dispatch.check_, "Tensor[] grads, " + _FOUND.format("a", "b"))
-_register(dispatch.scale_, "Tensor(a!)[] grads, Tensor factor")
+_register("unscale_", "Tensor(a!)[] grads, " + _FOUND.format("b", "c"), dispatch.unscale_now_)
+_register("check_", "Tensor[] grads, " + _FOUND.format("a", "b"), dispatch.check_now_)
+_register("scale_", "Tensor(a!)[] grads, Tensor factor", dispatch.scale_now_)

@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor.utils import run_and_get_code
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.library import opcheck
 
 from shardscale import kernels
@@ -96,6 +98,25 @@ def test_gradients_are_written_where_they_are(inductor, monkeypatch, made_inside
     [text] = code
     assert "shardscale.unscale_" in text
     assert not re.search(r"clone|copy_\(|as_strided_copy", text)
+
+
+def test_a_mode_that_watches_operators_is_shown_ours():
+    """As `make_fx`, whose graph would lack what is done behind torch's back."""
+
+    def double_and_unscale(grad, inv_scale, found_inf):
+        doubled = grad * 2
+        kernels.unscale_([doubled], inv_scale, found_inf)
+        return doubled + 1
+
+    inv_scale, found_inf, _ = scalars()
+    traced = make_fx(double_and_unscale)(torch.ones(3), inv_scale, found_inf)
+    assert "shardscale.unscale_.default" in operators([traced])
+    assert traced(torch.ones(3), inv_scale, found_inf).tolist() == [1.5] * 3
+
+    with FakeTensorMode() as mode:
+        fake = mode.from_tensor(torch.ones(3))
+        kernels.scale_([fake], mode.from_tensor(inv_scale))
+        assert fake.shape == (3,)
 
 
 def test_an_autograd_graph_notices_that_a_gradient_was_written():

@@ -473,9 +473,9 @@ MUTANTS = [
     Mutant(
         "the norm is summed in float16",
         "shardscale/kernels/foreach.py",
-        "torch.linalg.vector_norm(flat.double()).square()",
-        "torch.linalg.vector_norm(flat.half()).square()",
-        (f"{_NORM}[DDP-2]", f"{_NORM}[FSDP2-2]"),
+        "torch.linalg.vector_norm(wide).square()",
+        "torch.linalg.vector_norm(wide.half()).square()",
+        ("tests/unit/test_kernels.py::test_the_sum_of_squares_is_the_float64_formulas",),
     ),
     Mutant(
         "a mesh may reach out of the agreeing group",
@@ -743,11 +743,8 @@ MUTANTS = [
     Mutant(
         "a folded clip is lost when an update comes before the step",
         "shardscale/judge.py",
-        """\
-        for optimizer in stages.left_to_divide():  # the next iteration knows nothing of this clip
-            self.unscale_locally_(optimizer, state)
-""",
-        "",
+        "                self.unscale_locally_(optimizer, state)\n",
+        "                pass\n",
         (f"{_FOLD}::test_a_clip_is_not_lost_when_an_update_comes_before_the_step",),
     ),
     Mutant(
@@ -780,8 +777,8 @@ MUTANTS = [
     Mutant(
         "gradients that are one memory are multiplied twice",
         "shardscale/shards.py",
-        "            left_out.add(i)\n",
-        "            pass\n",
+        "        left_out.add(other)\n",
+        "",
         ("tests/unit/test_shards.py::test_two_gradients_that_are_one_memory_are_one_shard",),
     ),
     Mutant(
@@ -789,7 +786,7 @@ MUTANTS = [
         "shardscale/kernels/dispatch.py",
         """\
         _on_each_device("unscale_", grads, inv_scale, found_inf, sum_squares)
-    increment_version(grads)
+    _increment_version(grads)
 """,
         """\
         _on_each_device("unscale_", grads, inv_scale, found_inf, sum_squares)
@@ -803,8 +800,8 @@ MUTANTS = [
     Mutant(
         "an operator does not say what it writes",
         "shardscale/kernels/operators.py",
-        '_register(dispatch.unscale_, "Tensor(a!)[] grads, "',
-        '_register(dispatch.unscale_, "Tensor[] grads, "',
+        '_register("unscale_", "Tensor(a!)[] grads, "',
+        '_register("unscale_", "Tensor[] grads, "',
         ("tests/compile/test_operators.py::test_torch_finds_nothing_wrong_with_the_operators",),
     ),
     Mutant(
@@ -922,5 +919,40 @@ MUTANTS = [
         "    overlaps = begins[order[1:]] < (begins + sizes)[order[:-1]]\n",
         "    overlaps = begins[order[1:]] == begins[order[:-1]]\n",
         (f"{_GRID}::test_memory_shared_by_two_gradients_is_refused",),
+    ),
+    Mutant(
+        "a divisor that float32 does not hold is cut off",
+        "shardscale/examine.py",
+        "torch.where(fits, 1.0, largest / divisor * factor)",
+        "torch.ones_like(quotient)",
+        (f"{_FOLD}::test_a_divisor_that_float32_does_not_hold_clips_all_the_same",),
+    ),
+    Mutant(
+        "one rank's update raises what the others do not know of",
+        "shardscale/judge.py",
+        "with contextlib.suppress(LayoutError):",
+        "with contextlib.suppress():",
+        (f"{_FOLD}::test_an_update_raises_nothing_that_other_ranks_do_not_know_of",),
+    ),
+    Mutant(
+        "memory of two optimizers is divided by both",
+        "shardscale/examine.py",
+        "            require_apart(shards, name_of)\n",
+        "            pass\n",
+        (
+            "tests/unit/test_shards.py"
+            "::test_memory_of_two_optimizers_is_refused_also_where_it_is_the_same",
+        ),
+    ),
+    Mutant(
+        "modes that watch operators do not see the kernels",
+        "shardscale/kernels/dispatch.py",
+        """\
+    if is_compiling() or _len_torch_dispatch_stack():
+        torch.ops.shardscale.unscale_""",
+        """\
+    if is_compiling():
+        torch.ops.shardscale.unscale_""",
+        ("tests/compile/test_operators.py::test_a_mode_that_watches_operators_is_shown_ours",),
     ),
 ]

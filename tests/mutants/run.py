@@ -180,6 +180,7 @@ def run_tests(tree: Path, tests: Sequence[str], mutant: Mutant | None = None) ->
         "PYTHONPATH": str(tree),
         "MUTANT_TREE": str(tree),
         "MUTANT_OUTCOMES": str(kept),
+        "TRITON_INTERPRET": "1",  # other tests of the same run may import Triton first
     }
     command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.mutants.guard"]
     command += ["-p", "no:cacheprovider", "--timeout=60", *tests]

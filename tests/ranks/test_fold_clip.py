@@ -11,7 +11,13 @@ from functools import partial
 import pytest
 import torch
 
-from shardscale import DisagreementError, ShardedGradScaler, skip_on_device
+from shardscale import (
+    DisagreementError,
+    LayoutError,
+    ShardedGradScaler,
+    distinct,
+    skip_on_device,
+)
 from shardscale.testing import run_ranks
 from tests.ranks.models import equal, lay_out, local_grads, spoil, whole_bits
 
@@ -122,6 +128,57 @@ def test_a_clip_is_not_lost_when_an_update_comes_before_the_step():
     job.scaler.update(2 * SCALE)
     job.close()
     assert job.values() == pytest.approx([0.7, 1, 1, 0.6], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("scale", "scaled", "max_norm", "numel", "dtype"),
+    [
+        (65536.0, 3e37, 1.0, 10**5, torch.float32),
+        (1.0, 1e38, 1.0, 10**4, torch.float32),
+        (1.0, 1e38, 0.1, 5, torch.float32),
+        (65536.0, 1e36, 0.0, 5, torch.float32),
+        (65536.0, 1e60, 1.0, 5, torch.float64),
+        (1.0, 3e38, 1e-30, 5, torch.bfloat16),
+    ],
+)
+def test_a_divisor_that_float32_does_not_hold_clips_all_the_same(
+    scale, scaled, max_norm, numel, dtype
+):
+    """Scale over factor is beyond 3.4e38: a part of it is multiplied at once."""
+    moved = []
+    for fold in (True, False):
+        param = torch.nn.Parameter(torch.zeros(numel, dtype=dtype))
+        param.grad = torch.full_like(param, scaled)
+        optimizer = torch.optim.SGD([param], lr=1.0, fused=True)
+        scaler = ShardedGradScaler("cpu", init_scale=scale, fold_clip=fold)
+        scaler.clip_grad_norm_(optimizer, max_norm)
+        scaler.step(optimizer)
+        scaler.update()
+        moved.append(param.detach().double().norm().item())
+    # Far below 1 the parts are denormal, of which float32 holds few digits.
+    assert moved[0] == pytest.approx(moved[1], rel=1e-2, abs=1e-37)
+    assert moved[0] <= 1.01 * max_norm
+
+
+def test_an_update_raises_nothing_that_other_ranks_do_not_know_of():
+    """A gradient goes bad between clip and update: the next verdict tells all ranks of it."""
+
+    def rank(comm):
+        jobs = [Job(comm=comm, sync=True), Job()]
+        scaler = jobs[0].scaler
+        scaler.attach(torch.nn.ParameterList(jobs[0].params + jobs[1].params), copies=distinct)
+        scaler.clip_grad_norm_([job.optimizer for job in jobs], 1.0)
+        scaler.step(jobs[0].optimizer)
+        if comm.rank == 1:
+            jobs[1].params[1].grad.untyped_storage().resize_(0)
+        scaler.update()
+        scales = scaler.get_scale()
+        error = LayoutError if comm.rank == 1 else DisagreementError
+        with pytest.raises(error, match="no memory"):
+            scaler.clip_grad_norm_(jobs[1].optimizer, 1.0)
+        return scales, jobs[1].values()
+
+    assert run_ranks(rank, 2) == [(SCALE, [1.0] * 4)] * 2
 
 
 def test_an_update_after_a_bad_clip_still_skips_the_step():

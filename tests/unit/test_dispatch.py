@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 
-from shardscale import kernels
+from shardscale import LayoutError, kernels
 from shardscale.kernels import dispatch, foreach, native, reference, triton
 
 GPU = torch.device("cuda", 0)
@@ -123,6 +123,43 @@ def test_a_tensor_of_another_class_is_left_to_torch():
         kernels.unscale_(grads, torch.tensor(0.5), found)
         kernels.scale_(grads, torch.tensor(0.5))
     assert [g.tolist() for g in grads] == [[0.25] * 3, [0.25] * 4, [0.25] * 2]
+
+
+def test_a_gradient_that_is_listed_twice_is_counted_twice():
+    grad = torch.tensor([1.0, math.nan])
+    assert kernels.count([grad, torch.ones(1), grad])[:, 1].tolist() == [1, 0, 1]
+
+
+@pytest.mark.parametrize("kernel", ["unscale_", "check_", "scale_", "count"])
+def test_a_gradient_without_memory_is_refused(kernel):
+    freed = torch.ones(5)
+    freed.untyped_storage().resize_(0)
+    scalars = {"count": [], "scale_": [torch.tensor(0.5)]}.get(
+        kernel, [torch.tensor(0.5), torch.zeros(())]
+    )
+    with pytest.raises(LayoutError, match=r"gradient 1, of shape \(5,\), has elements, but no"):
+        getattr(kernels, kernel)([torch.ones(2), freed], *scalars)
+
+
+def test_a_factor_of_one_writes_nothing_and_says_so():
+    grad = torch.ones(3)
+    kernels.scale_([grad], torch.tensor(1.0))
+    assert grad._version == 0
+
+
+@pytest.mark.parametrize("without", [False, True])
+@pytest.mark.filterwarnings("ignore:Gradients on cpu")
+def test_a_check_squares_the_product_and_not_the_gradient(without, request):
+    """The square of the gradient, which is still scaled, is beyond float64; with gaps, too."""
+    if without:
+        request.getfixturevalue("without_c")
+    wide = torch.full((3, 4), 1e155, dtype=torch.float64)
+    for grad in (wide, wide[:, :2]):
+        found, squares = torch.zeros(()), torch.zeros((), dtype=torch.float64)
+        kernels.check_([grad], torch.tensor(2.0**-16), found, squares)
+        want = (grad * 2.0**-16).square().sum().item()
+        assert squares.item() == pytest.approx(want, rel=1e-12)
+        assert found.item() == 0.0
 
 
 @pytest.mark.parametrize("kernel", ["unscale_", "scale_"])

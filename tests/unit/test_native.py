@@ -446,6 +446,26 @@ def test_scalars_that_are_not_ours_are_refused():
         assert torch.equal(grad, torch.ones(3))
 
 
+def test_a_function_is_asked_for_the_number_of_threads_where_there_is_enough_to_do():
+    asked = []
+
+    def num_threads() -> int:
+        asked.append(True)
+        return 2
+
+    for numel, times in ((1000, 0), (2**18, 1)):
+        grad = torch.full((numel,), 4.0)
+        assert native.unscale_([grad], flag(0.5), flag(), None, num_threads)
+        assert (grad == 2).all()
+        assert len(asked) == times
+
+    def breaks() -> int:
+        raise LookupError("no number")
+
+    with pytest.raises(LookupError, match="no number"):
+        native.unscale_([torch.ones(2**18)], flag(0.5), flag(), None, breaks)
+
+
 def test_wrong_calls_are_type_errors():
     for call in (
         lambda: native.unscale_([], flag(), flag()),
@@ -743,8 +763,8 @@ print(native.why_not())
 
 NO_CAPSULE = """
 import torch
-from shardscale.kernels import native
 del torch.Tensor.__dlpack_c_exchange_api__
+from shardscale.kernels import native
 assert not hasattr(torch.Tensor, "__dlpack_c_exchange_api__")
 print(native.unscale_([], torch.tensor(0.5), torch.tensor(0.0)), native.gather([]))
 print(native.why_not())

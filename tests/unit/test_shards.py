@@ -11,8 +11,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from shardscale import LayoutError
-from shardscale.shards import local_shards, params_of
+from shardscale import LayoutError, ShardedGradScaler
+from shardscale.shards import local_shards, params_of, require_apart
 
 
 def name_of(param):
@@ -211,6 +211,59 @@ def test_gradients_that_share_a_part_of_their_memory_are_refused_by_name(views):
     grads = views(torch.ones(10))
     with pytest.raises(LayoutError, match=r"the one of .* and the one of .* share memory"):
         local_shards(optimizer_of(*grads), name_of)
+
+
+@pytest.mark.parametrize(
+    ("views", "num"),
+    [
+        (lambda flat: (flat[::2], flat.view(6, 2)[:, 0]), 1),
+        (lambda flat: (flat.view(3, 4)[:, :2], flat.view(3, 4)[:, :2]), 1),
+        (lambda flat: (flat[::2], flat[1::2]), 2),
+        (lambda flat: (flat[::3], flat[4:6]), 2),
+    ],
+)
+def test_gradients_with_gaps_are_compared_by_where_they_begin(views, num):
+    grads = views(torch.ones(12))
+    assert len(local_shards(optimizer_of(*grads), name_of).grads) == num
+
+
+@pytest.mark.parametrize(
+    "views",
+    [
+        lambda flat: (flat, flat[::2]),
+        lambda flat: (flat[::2], flat),
+        lambda flat: (flat[::2], flat[::3]),
+        lambda flat: (flat[2:], flat[4::3]),
+    ],
+)
+def test_a_gradient_with_gaps_inside_another_one_is_refused(views):
+    with pytest.raises(LayoutError, match="share memory"):
+        local_shards(optimizer_of(*views(torch.ones(12))), name_of)
+
+
+def test_a_parameter_may_be_a_gradient_and_is_looked_at_like_one():
+    shared = torch.nn.Parameter(torch.ones(4))
+    assert len(local_shards(optimizer_of(shared, shared.detach()), name_of).grads) == 1
+    freed = torch.nn.Parameter(torch.ones(4))
+    optimizer = optimizer_of(freed)
+    freed.untyped_storage().resize_(0)
+    with pytest.raises(LayoutError, match="no memory"):
+        local_shards(optimizer, name_of)
+
+
+def test_memory_of_two_optimizers_is_refused_also_where_it_is_the_same():
+    """One of them would divide what the other one has divided."""
+    flat = torch.ones(6)
+    apart = [optimizer_of(flat[:3]), optimizer_of(flat[3:])]
+    require_apart([local_shards(optimizer, name_of) for optimizer in apart], name_of)
+    for views in ((flat, flat.view(2, 3)), (flat[:4], flat[3:])):
+        shards = [local_shards(optimizer_of(view), name_of) for view in views]
+        with pytest.raises(LayoutError, match=r"the one of .* and the one of .* share memory"):
+            require_apart(shards, name_of)
+        scaler = ShardedGradScaler("cpu", init_scale=4.0)
+        with pytest.raises(LayoutError, match="share memory"):
+            scaler.unscale_([optimizer_of(view) for view in views])
+        assert flat.tolist() == [1.0] * 6
 
 
 def test_neighbours_in_one_memory_are_taken():

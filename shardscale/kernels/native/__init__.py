@@ -9,7 +9,6 @@ They work on memory behind torch's back: no dispatch mode sees them, and no vers
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -61,8 +60,8 @@ def unscale_(
 
     The bits of the sum depend on the gradients alone, not on the threads or the processor.
     """
-    return _is_ready() and _native.unscale_(
-        grads, inv_scale, found_inf, sum_squares, torch.get_num_threads()
+    return _IS_READY and _native.unscale_(
+        grads, inv_scale, found_inf, sum_squares, torch.get_num_threads
     )
 
 
@@ -73,19 +72,21 @@ def check_(
     sum_squares: Tensor | None = None,
 ) -> bool:
     """``kernels.check_`` in one pass that only reads; whether it was done."""
-    return _is_ready() and _native.check_(
-        grads, inv_scale, found_inf, sum_squares, torch.get_num_threads()
+    return _IS_READY and _native.check_(
+        grads, inv_scale, found_inf, sum_squares, torch.get_num_threads
     )
 
 
 def scale_(grads: Sequence[Tensor], factor: Tensor) -> bool:
     """``kernels.scale_`` in one pass, in none if the factor is 1; whether it was done."""
-    return _is_ready() and _native.scale_(grads, factor, torch.get_num_threads())
+    return _IS_READY and _native.scale_(grads, factor, torch.get_num_threads)
 
 
-def count(grads: Sequence[Tensor]) -> Tensor:
-    """``kernels.count`` of gradients that the other functions take."""
-    counts = _native.count(grads, torch.get_num_threads())
+def count(grads: Sequence[Tensor]) -> Tensor | None:
+    """``kernels.count``; None of gradients that the other functions do not take."""
+    counts = _native.count(grads, torch.get_num_threads) if _IS_READY else None
+    if counts is None:
+        return None
     return torch.tensor(counts, dtype=torch.float64, device="cpu").view(-1, 3)
 
 
@@ -99,13 +100,13 @@ def gather(params: Sequence[Tensor]) -> Gathered | None:
         known, a gradient that is not contiguous or has no memory, a DTensor's with another
         ``_spec`` than its parameter, or two that overlap.
     """
-    found = _native.gather(params) if _is_ready() else None
+    found = _native.gather(params) if _IS_READY else None
     return None if found is None else Gathered(*found)
 
 
 def survey(grads: Sequence[Tensor]) -> Survey | None:
     """Where gradients lie, if all of them are dense and on one device; None also without C."""
-    found = _native.survey(grads) if _is_ready() else None
+    found = _native.survey(grads) if _IS_READY else None
     return None if found is None else Survey(*found)
 
 
@@ -116,14 +117,13 @@ def why_not() -> str | None:
             "the C extension is not there. Install shardscale where there is a C compiler and "
             "Python's headers (Debian: gcc, python3-dev), or from a wheel."
         )
-    if not _is_ready():
+    if not _IS_READY:
         return f"the C extension cannot read the tensors of torch {torch.__version__}."
     return None
 
 
-@functools.cache
-def _is_ready() -> bool:
-    """Whether the extension is there and has learned how to read torch's tensors."""
+def _learn() -> bool:
+    """Teach the extension to read torch's tensors; whether it is there and can."""
     capsule = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
     if _native is None or capsule is None:
         return False
@@ -132,3 +132,6 @@ def _is_ready() -> bool:
     except ValueError:  # a torch whose DLPack is of another major version
         return False
     return True
+
+
+_IS_READY = _learn()

@@ -1,4 +1,4 @@
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -8,7 +8,7 @@ def unscale_(
     inv_scale: Tensor,
     found_inf: Tensor,
     sum_squares: Tensor | None,
-    num_threads: int,
+    num_threads: int | Callable[[], int],
     /,
 ) -> bool:
     """Multiply each gradient in place and judge it, as ``kernels.reference.unscale_`` does.
@@ -19,7 +19,8 @@ def unscale_(
         found_inf: () float32; becomes 1.0 if anything is not finite, is left alone otherwise.
         sum_squares: () float64; the sum of the squared products, rounded as stored, is added. Its
             bits depend on the sizes and the values alone.
-        num_threads: At most so many work at once, the caller among them.
+        num_threads: At most so many work at once, the caller among them; a function is asked for
+            the number only where there is enough to do.
 
     Returns:
         Whether it is done; if not, nothing has been touched.
@@ -30,7 +31,7 @@ def check_(
     inv_scale: Tensor,
     found_inf: Tensor,
     sum_squares: Tensor | None,
-    num_threads: int,
+    num_threads: int | Callable[[], int],
     /,
 ) -> bool:
     """Judge as :func:`unscale_` does and sum the squares of unrounded products; write no gradient.
@@ -38,10 +39,14 @@ def check_(
     Products are float32 for the dtypes of 16 and 32 bit, float64 for float64.
     """
 
-def scale_(grads: Iterable[Tensor], factor: Tensor, num_threads: int, /) -> bool:
+def scale_(
+    grads: Iterable[Tensor], factor: Tensor, num_threads: int | Callable[[], int], /
+) -> bool:
     """Multiply each gradient by ``factor``, () float32; exactly 1 returns before any is read."""
 
-def count(grads: Iterable[Tensor], num_threads: int, /) -> list[tuple[int, int, float]] | None:
+def count(
+    grads: Iterable[Tensor], num_threads: int | Callable[[], int], /
+) -> list[tuple[int, int, float]] | None:
     """Of each gradient the number of Inf, that of NaN, and the largest magnitude.
 
     The magnitude is Inf if there is an Inf, and NaN if there is a NaN.

@@ -52,9 +52,21 @@ static enum outcome read_gradients(PyObject *sequence, struct gradients *out)
     return READ;
 }
 
-static bool read_num_threads(PyObject *number, int *out)
+/* `given` is a number, or a function that returns it and is asked only where it matters. */
+static bool read_num_threads(PyObject *given, const struct gradients *grads, int *out)
 {
-    long num = PyLong_AsLong(number);
+    *out = 1;
+    PyObject *number = given;
+    if (PyCallable_Check(given)) {
+        if (!worth_sharing(grads->memory, grads->num)) {
+            return true;
+        }
+        number = PyObject_CallNoArgs(given);
+    } else {
+        Py_INCREF(given);
+    }
+    long num = number != NULL ? PyLong_AsLong(number) : -1;
+    Py_XDECREF(number);
     *out = num > 1 << 20 ? 1 << 20 : (int)num;
     return !(num == -1 && PyErr_Occurred());
 }
@@ -69,7 +81,7 @@ static PyObject *judge_gradients(const char *name, bool writes, PyObject *const 
 {
     int num_threads;
     struct gradients grads;
-    if (!takes(name, 5, num_args) || !read_num_threads(args[4], &num_threads)) {
+    if (!takes(name, 5, num_args)) {
         return NULL;
     }
     float *inv_scale = read_scalar(args[1], F32), *found_inf = read_scalar(args[2], F32);
@@ -80,6 +92,10 @@ static PyObject *judge_gradients(const char *name, bool writes, PyObject *const 
     enum outcome outcome = read_gradients(args[0], &grads);
     if (outcome != READ) {
         return outcome == FAILED ? NULL : PyBool_FromLong(0);
+    }
+    if (!read_num_threads(args[4], &grads, &num_threads)) {
+        let_go(&grads);
+        return NULL;
     }
     bool found = !is_useful(*inv_scale), done;
     Py_BEGIN_ALLOW_THREADS
@@ -112,7 +128,7 @@ static PyObject *scale(PyObject *module, PyObject *const *args, Py_ssize_t num_a
     (void)module;
     int num_threads;
     struct gradients grads;
-    if (!takes("scale_", 3, num_args) || !read_num_threads(args[2], &num_threads)) {
+    if (!takes("scale_", 3, num_args)) {
         return NULL;
     }
     float *factor = read_scalar(args[1], F32);
@@ -125,6 +141,10 @@ static PyObject *scale(PyObject *module, PyObject *const *args, Py_ssize_t num_a
     enum outcome outcome = read_gradients(args[0], &grads);
     if (outcome != READ) {
         return outcome == FAILED ? NULL : PyBool_FromLong(0);
+    }
+    if (!read_num_threads(args[2], &grads, &num_threads)) {
+        let_go(&grads);
+        return NULL;
     }
     bool found = false, done;
     Py_BEGIN_ALLOW_THREADS
@@ -155,12 +175,16 @@ static PyObject *count(PyObject *module, PyObject *const *args, Py_ssize_t num_a
     (void)module;
     int num_threads;
     struct gradients grads;
-    if (!takes("count", 2, num_args) || !read_num_threads(args[1], &num_threads)) {
+    if (!takes("count", 2, num_args)) {
         return NULL;
     }
     enum outcome outcome = read_gradients(args[0], &grads);
     if (outcome != READ) {
         return outcome == FAILED ? NULL : Py_BuildValue("");
+    }
+    if (!read_num_threads(args[1], &grads, &num_threads)) {
+        let_go(&grads);
+        return NULL;
     }
     struct tally *tallies = PyMem_Malloc((size_t)grads.num * sizeof *tallies);
     bool done = tallies != NULL;

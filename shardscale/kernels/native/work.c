@@ -156,10 +156,19 @@ static void do_shares(void *argument)
     }
 }
 
+bool worth_sharing(const struct memory *tensors, int64_t num)
+{
+    int64_t bytes = 0;
+    for (int64_t t = 0; t < num; t++) {
+        bytes += tensors[t].numel * itemsize[tensors[t].dtype];
+    }
+    return bytes >= WORTH_SHARING;
+}
+
 /* Results of all units, which the caller frees with pass->first_unit; false without memory. */
 static bool run(struct pass *pass, int num_threads)
 {
-    int64_t num_units = 0, num_bytes = 0;
+    int64_t num_units = 0;
     pass->first_unit = malloc((size_t)(pass->num_tensors + 1) * sizeof *pass->first_unit);
     if (pass->first_unit == NULL) {
         return false;
@@ -168,7 +177,6 @@ static bool run(struct pass *pass, int num_threads)
         int64_t bytes = pass->tensors[t].numel * itemsize[pass->tensors[t].dtype];
         pass->first_unit[t] = num_units;
         num_units += (bytes + UNIT_BYTES - 1) / UNIT_BYTES;
-        num_bytes += bytes;
     }
     pass->first_unit[pass->num_tensors] = num_units;
     pass->results = malloc((size_t)(num_units + 1) * sizeof *pass->results);
@@ -177,7 +185,7 @@ static bool run(struct pass *pass, int num_threads)
         return false;
     }
     pass->bodies = bodies_in_use();
-    if (num_threads < 2 || num_bytes < WORTH_SHARING) {
+    if (num_threads < 2 || !worth_sharing(pass->tensors, pass->num_tensors)) {
         pass->share = num_units;
         do_shares(pass);
     } else {

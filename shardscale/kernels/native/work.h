@@ -21,6 +21,9 @@ struct tally {
     double amax; /* Inf if there is one, NaN if there is one */
 };
 
+/* Whether there is enough to do for more than one thread. */
+bool worth_sharing(const struct memory *tensors, int64_t num);
+
 /* Judge `num` tensors and multiply them by `factor`, in place if `writes`.
 
    Sets `*found` if an element, or where `factor` exceeds 1 its product, is not finite; adds the sum

@@ -155,6 +155,8 @@ def _refuse(grads: Sequence[Tensor], device: torch.device, lie: bytes, numels: b
     itemsizes = np.array([g.itemsize for g in grads], np.int64)
     begins, sizes = _words(lie), _words(numels) * itemsizes
     filled = np.flatnonzero(sizes)
+    for i in filled[begins[filled] == 0].tolist():
+        raise LayoutError(f"Gradient {i} has elements, but no memory: it was freed.")
     for i in filled[begins[filled] % itemsizes[filled] != 0].tolist():
         raise LayoutError(
             f"Gradient {i} begins within an element, at address {begins[i]:#x}. Clone it."
