@@ -20,7 +20,7 @@ from shardscale.shards import LocalShards, local_shards, params_of, require_apar
 from shardscale.stages import Entry, Stages
 from shardscale.stamps import Stamps, those_alive
 
-__all__ = ["Examiner", "Question", "divisor_of", "nothing_found", "split_divisor"]
+__all__ = ["Examiner", "Question", "divisor_of", "leave_to_step", "nothing_found"]
 
 
 class Question(NamedTuple):
@@ -185,15 +185,26 @@ def divisor_of(entry: Entry, stamps: Stamps, state: ScaleState) -> Tensor:
     return stamps.of([entry.optimizer], state.scale)
 
 
-def split_divisor(divisor: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
-    """A divisor and a factor of 0 to 1 as one divisor, and what is left to be multiplied by.
+def leave_to_step(entry: Entry, stamps: Stamps, state: ScaleState, factor: Tensor) -> Tensor:
+    """Have an optimizer's kernel clip, by the divisor that it is given in any case.
 
-    All () float32. What is left is exactly 1 where float32 holds ``divisor / factor``.
+    Args:
+        entry: The optimizer's.
+        stamps: Which scales gradients have.
+        state: As it is.
+        factor: () float32, 0 to 1: what the gradients are to be multiplied by.
+
+    Returns:
+        () float32: what they are to be multiplied by all the same; exactly 1 unless float32 does
+        not hold the divisor, as for a factor of 0.
     """
+    divisor = divisor_of(entry, stamps, state)
+    factor = factor.to(divisor.device, non_blocking=True)
     largest = torch.finfo(torch.float32).max
     quotient = divisor / factor
     fits = quotient <= largest
-    return torch.where(fits, quotient, largest), torch.where(fits, 1.0, largest / divisor * factor)
+    entry.divisor = torch.where(fits, quotient, largest)
+    return torch.where(fits, 1.0, largest / divisor * factor)
 
 
 def nothing_found(state: ScaleState) -> ShardStats:

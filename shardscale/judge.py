@@ -15,7 +15,7 @@ from shardscale.backward import mistake_inside_backward
 from shardscale.comm import Bond, Communicator
 from shardscale.dispute import PATIENCE_S, Dispute, answer
 from shardscale.errors import LayoutError, MissingRankError, StageError
-from shardscale.examine import Examiner, Question, divisor_of, nothing_found, split_divisor
+from shardscale.examine import Examiner, Question, divisor_of, leave_to_step, nothing_found
 from shardscale.fused import is_fused
 from shardscale.layouts import Layouts
 from shardscale.ledger import Ledger, Unread, summary
@@ -122,7 +122,7 @@ class Judge:
             for optimizer, group in zip(question.optimizers, grads, strict=True):
                 rest = factor
                 if question.leaves_scaled(optimizer):
-                    rest = self._leave_to_step(optimizer, factor, state)
+                    rest = leave_to_step(self.stages.of(optimizer), self.stamps, state, factor)
                 kernels.scale_(group, rest)
         return agreement
 
@@ -326,19 +326,6 @@ class Judge:
                 entry.is_unscaled = True
             if question.method != "step":
                 entry.stage = OptState.UNSCALED
-
-    def _leave_to_step(self, optimizer: Any, factor: Tensor, state: ScaleState) -> Tensor:
-        """Have an optimizer's kernel clip, by the divisor that it is given in any case.
-
-        Returns:
-            () float32: what is to be multiplied all the same; 1 unless float32 does not hold the
-            divisor, as for a factor of 0.
-        """
-        entry = self.stages.of(optimizer)
-        divisor = divisor_of(entry, self.stamps, state)
-        factor = factor.to(divisor.device, non_blocking=True)
-        entry.divisor, rest = split_divisor(divisor, factor)
-        return rest
 
     def _look_for_two_scales(self, optimizers: Sequence[Any], state: ScaleState) -> None:
         for optimizer in optimizers:
