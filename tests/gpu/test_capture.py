@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from shardscale import ShardedGradScaler, StageError, distinct, skip_on_device
+from tests.gpu.test_scaler import host_reads_are
 
 pytestmark = pytest.mark.gpu
 
@@ -119,15 +120,13 @@ def test_a_maximum_norm_on_the_device_may_change_between_replays(comm):
 def test_replays_make_the_host_wait_for_nothing(comm):
     job = Job(comm)
     graph, _ = job.capture()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with host_reads_are("error"):
         for _ in range(3):
             graph.replay()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert job.scaler.last_report().step == 3
 
 
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")
 def test_without_a_first_iteration_nothing_is_captured(comm, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(Job, "iterate", lambda self: None)

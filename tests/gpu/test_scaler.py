@@ -33,12 +33,13 @@ class NoStep(torch.optim.Optimizer):
 @contextmanager
 def host_reads_are(mode: str) -> Iterator[None]:
     """Within, an operation that makes the host wait for the GPU is an error, or a warning."""
-    before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode(mode)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")
+        torch.cuda.set_sync_debug_mode(mode)
     try:
         yield
     finally:
-        torch.cuda.set_sync_debug_mode(before)
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def make_params(dtypes=(torch.float32,)):

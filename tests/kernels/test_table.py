@@ -101,6 +101,20 @@ def test_a_table_is_found_again_and_changed_only_when_the_gradients_move():
     assert first.addresses.tolist() == [g.data_ptr() for g in grads]  # running kernels read it
 
 
+def test_lists_of_one_shape_keep_their_own_tables():
+    """Two networks alike take turns, and one of them is captured after the other has run."""
+    lists = [[torch.ones(5), torch.ones(3, 4)] for _ in range(table._MOST_ALIKE + 1)]
+    first = [find_table(grads, CPU) for grads in lists[:-1]]
+    assert all(find_table(g, CPU) is one for g, one in zip(lists, first, strict=False))
+    assert all(one.parts is first[0].parts for one in first)
+    find_table(lists[-1], CPU)  # takes the place of the one used longest ago
+    assert [
+        find_table(grads, CPU) is one for grads, one in zip(lists[1:-1], first[1:], strict=True)
+    ] == [True] * (table._MOST_ALIKE - 1)
+    assert find_table(lists[0], CPU) is not first[0]
+    assert first[0].addresses.tolist() == [g.data_ptr() for g in lists[0]]
+
+
 @pytest.mark.parametrize(
     "other",
     [

@@ -899,8 +899,8 @@ MUTANTS = [
     Mutant(
         "triton: an address is not compared",
         "shardscale/kernels/triton/table.py",
-        "    if table is None or table.held != addresses:\n        _refuse",
-        "    if table is None:\n        _refuse",
+        "in enumerate(alike) if table.held == addresses)",
+        "in enumerate(alike))",
         (
             f"{_GRID}::test_moved_gradients_are_found_again",
             f"{_TABLE}::test_an_address_alone_is_not_trusted[address]",
@@ -909,8 +909,8 @@ MUTANTS = [
     Mutant(
         "triton: a capture trusts a table of other addresses",
         "shardscale/kernels/triton/table.py",
-        "    if table is None or table.held != addresses:\n        table = _captured",
-        "    if table is None:\n        table = _captured",
+        "_tables.get(key, []) if table.held == addresses]",
+        "_tables.get(key, [])]",
         (f"{_TABLE}::test_a_capture_takes_only_what_an_iteration_has_found_before",),
     ),
     Mutant(

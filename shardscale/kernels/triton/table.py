@@ -34,12 +34,15 @@ _PROGRAM_BYTES = 8192
 # A program's offsets within a segment are 32 bits long.
 _MOST_ELEMENTS = 2**30
 _MOST_TABLES = 64
+# Lists of the same sizes and dtypes, such as two networks of one shape, that keep their own tables.
+_MOST_ALIKE = 4
 _PROGRAMS_PER_PROCESSOR = 8
 _DTYPE = attrgetter("dtype")
 _DEVICE = attrgetter("device")
 
 _Key = tuple[torch.device, bytes, bytes]
-_tables: OrderedDict[_Key, Table] = OrderedDict()
+# The last to be used stands last, among the keys and for each of them.
+_tables: OrderedDict[_Key, list[Table]] = OrderedDict()
 # What a graph has captured it reads at every replay, and nobody says when the last one was.
 _captured: dict[tuple[_Key, bytes], Table] = {}
 _lock = Lock()
@@ -112,16 +115,23 @@ def _find(grads: Sequence[Tensor], key: _Key, addresses: bytes) -> Table:
     device, _, numels = key
     if _is_capturing(device):
         return _find_captured(key, addresses)
-    table = _tables.get(key)
-    if table is not None:
-        _order(table)
-    if table is None or table.held != addresses:
-        _refuse(grads, device, addresses, numels)
-        table = _upload(table or _build(grads, device, numels), addresses)
-        _tables[key] = table
-        if len(_tables) > _MOST_TABLES:
-            _tables.popitem(last=False)
+    alike = _tables.setdefault(key, [])
     _tables.move_to_end(key)
+    if len(_tables) > _MOST_TABLES:
+        _tables.popitem(last=False)
+    place = next((i for i, table in enumerate(alike) if table.held == addresses), None)
+    if place is not None:
+        table = alike.pop(place)
+        _order(table)
+    else:
+        _refuse(grads, device, addresses, numels)
+        if not alike:
+            table = _build(grads, device, numels)
+        else:
+            table = alike.pop(0) if len(alike) == _MOST_ALIKE else alike[0]
+            _order(table)
+        table = _upload(table, addresses)
+    alike.append(table)
     return table
 
 
@@ -130,9 +140,8 @@ def _is_capturing(device: torch.device) -> bool:
 
 
 def _find_captured(key: _Key, addresses: bytes) -> Table:
-    table = _tables.get(key)
-    if table is None or table.held != addresses:
-        table = _captured.get((key, addresses))
+    known = [table for table in _tables.get(key, []) if table.held == addresses]
+    table = known[0] if known else _captured.get((key, addresses))
     if table is None:
         raise StageError(
             "A CUDA graph is being captured, but its gradients lie where no iteration has found "
