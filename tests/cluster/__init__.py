@@ -1,0 +1,1 @@
+"""Tests on clusters: real launchers, real signals, real networks, and what becomes of a job."""
