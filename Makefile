@@ -47,7 +47,7 @@ support: env-test  ## run the tests of parallelisms and write docs/support.md fr
 	@$(python) tests/ranks/support.py
 
 clean:  ## remove all that make made, .venv included
-	rm -rf .venv docs/_build build dist shardscale.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-* docs/_build build dist shardscale.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	rm -f shardscale/kernels/native/*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 

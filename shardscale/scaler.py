@@ -64,7 +64,8 @@ class ShardedGradScaler(TorchNames, Factors, torch.amp.GradScaler):  # type: ign
         policy: How the scale moves, instead of the three numbers above.
         model: Short for ``attach(model)``.
         timeout_s: Seconds that a verdict may take. None: 60 for the first one, the group's own
-            timeout after that.
+            timeout after that; with ``comm`` what that was made with. Given beside a ``comm`` it
+            comes before, where there is a ``within`` to tell it; others wait as they do.
         fold_clip: Have fused optimizers clip in their own pass: ``clip_grad_norm_`` then writes no
             gradient, and their step divides by scale over factor. In between, ``.grad`` stays
             scaled and unclipped. Others are clipped as usual.

@@ -2,6 +2,7 @@
 
 from shardscale.comm.base import Communicator, Solo
 from shardscale.comm.bond import Bond
+from shardscale.comm.mpi import MPIComm
 from shardscale.comm.process_group import ProcessGroupComm
 
-__all__ = ["Bond", "Communicator", "ProcessGroupComm", "Solo"]
+__all__ = ["Bond", "Communicator", "MPIComm", "ProcessGroupComm", "Solo"]

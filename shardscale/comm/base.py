@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor
+from typing_extensions import Self
 
-__all__ = ["Communicator", "Solo"]
+from shardscale.errors import ConfigError
+
+__all__ = ["FIRST_TIMEOUT_S", "Communicator", "Solo", "Timed", "require_time"]
+
+# A rank that never comes at all shows at the first verdict.
+FIRST_TIMEOUT_S = 60.0
 
 
 @runtime_checkable
@@ -53,6 +60,20 @@ class Communicator(Protocol):
         ...
 
 
+@runtime_checkable
+class Timed(Communicator, Protocol):
+    """A communicator whose caller can say how long to wait."""
+
+    @property
+    def timeout_s(self) -> float | None:
+        """Seconds that a verdict may take; None for the communicator's own defaults."""
+        ...
+
+    def within(self, timeout_s: float) -> Self:
+        """The same group for a caller who waits so long; verdicts are counted together."""
+        ...
+
+
 class Solo:
     """The group of one rank; its collectives are copies."""
 
@@ -71,3 +92,16 @@ class Solo:
         Collective: none.
         """
         return [obj]
+
+
+def require_time(timeout_s: float | None) -> None:
+    """Seconds that can be waited, or None.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    is_number = isinstance(timeout_s, int | float)
+    if timeout_s is not None and not (is_number and 0.001 <= timeout_s < math.inf):
+        raise ConfigError(
+            f"timeout_s is {timeout_s!r}, but must be a number of seconds, at least 0.001."
+        )

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import math
 import weakref
 
 import torch.distributed as dist
 
-from shardscale.comm.base import Communicator
-from shardscale.comm.process_group import FIRST_TIMEOUT_S, ProcessGroupComm
+from shardscale.comm.base import FIRST_TIMEOUT_S, Communicator, Timed, require_time
+from shardscale.comm.process_group import ProcessGroupComm
 from shardscale.errors import ConfigError, StageError
 from shardscale.records import Members
 
@@ -45,7 +44,8 @@ class Bond:
     Args:
         process_group: The agreeing group; None for the default group, whenever that comes.
         comm: A communicator instead of a process group.
-        timeout_s: Seconds that a verdict may take; None for the defaults.
+        timeout_s: Seconds that a verdict may take; None for the defaults. It comes before what a
+            communicator was made with, if that one can be told.
         is_numbered: Whether it counts among the scalers that all ranks make alike.
 
     Raises:
@@ -70,10 +70,7 @@ class Bond:
                 f"rank {dist.get_rank()} is not a member of the process_group given, and torch's "
                 "collectives silently do nothing there. Make the scaler only on the group's ranks."
             )
-        if timeout_s is not None and not _is_time(timeout_s):
-            raise ConfigError(
-                f"timeout_s is {timeout_s!r}, but must be a number of seconds, at least 0.001."
-            )
+        require_time(timeout_s)
         if comm is not None and not isinstance(comm, Communicator):
             raise ConfigError(
                 f"comm is a {type(comm).__name__}, but must have rank, size, all_reduce_sum_ and "
@@ -81,6 +78,9 @@ class Bond:
             )
         self._process_group = process_group
         self._comm = comm
+        self._timed = comm
+        if timeout_s is not None and isinstance(comm, Timed):
+            self._timed = comm.within(timeout_s)
         self.timeout_s = timeout_s
         self.is_lost = False  # the group was given, and could not be carried along with a pickle
         self._joined: ProcessGroupComm | None = None
@@ -119,8 +119,8 @@ class Bond:
                 "which no pickle can carry. Make a new scaler with the group it is to agree in, "
                 "and load this one's state_dict into it."
             )
-        if self._comm is not None:
-            return self._comm
+        if self._timed is not None:
+            return self._timed
         if self._joined is not None:
             self._require_alive(self._joined)
             return self._joined
@@ -146,8 +146,8 @@ class Bond:
         """
         comm = self.communicator()
         assert comm is not None
-        if isinstance(comm, ProcessGroupComm) and self.timeout_s is None:
-            return ProcessGroupComm(comm.group, FIRST_TIMEOUT_S)
+        if isinstance(comm, Timed) and comm.timeout_s is None:
+            return comm.within(FIRST_TIMEOUT_S)
         return comm
 
     def members(self) -> Members:
@@ -175,10 +175,6 @@ class Bond:
                 "has since been destroyed, and the ranks of another one would not share its "
                 "history. Make a new scaler and load this one's state_dict into it."
             )
-
-
-def _is_time(timeout_s: object) -> bool:
-    return isinstance(timeout_s, int | float) and 0.001 <= timeout_s < math.inf
 
 
 def _is_alive(group: dist.ProcessGroup) -> bool:

@@ -13,15 +13,15 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import _get_process_group_store
 
 from shardscale.caller import warn_caller
+from shardscale.comm.base import FIRST_TIMEOUT_S
 from shardscale.comm.roll_call import RollCall
 from shardscale.errors import MissingRankError
 
-__all__ = ["FIRST_TIMEOUT_S", "ProcessGroupComm", "message_device"]
+__all__ = ["ProcessGroupComm", "message_device"]
 
 # A verdict is later than usual after this long; only then is the store looked at.
 _LATE = timedelta(seconds=1)
 _POLL = timedelta(seconds=0.25)
-FIRST_TIMEOUT_S = 60.0
 # Gloo passes two numbers round a ring of n ranks, in 2 (n - 1) steps one after the other. A step
 # takes 50 to 90 us over the loopback (benchmarks/results/training-step, two ranks with a core each,
 # November 2026), and over a network no less. So from 128 ranks on a verdict takes 13 ms and more,
@@ -59,6 +59,13 @@ class ProcessGroupComm:
         self._roll_call = _roll_calls.setdefault(
             group, RollCall(_get_process_group_store(group), "shardscale", self.rank, self.size)
         )
+
+    def within(self, timeout_s: float) -> ProcessGroupComm:
+        """The same group for a caller who waits so long; verdicts are counted together.
+
+        Collective: none.
+        """
+        return ProcessGroupComm(self.group, timeout_s)
 
     def all_reduce_sum_(self, buffer: Tensor) -> None:
         """Replace ``buffer`` by its sum over the group.

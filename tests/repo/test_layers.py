@@ -65,6 +65,7 @@ EXCEPTIONS: dict[tuple[str, str], str] = {}
 CORE = {"shardscale", "torch", "numpy", "typing_extensions"}
 # Unit -> the libraries besides torch, numpy and the standard library that it may import.
 GUESTS = {
+    "comm": {"mpi4py"},  # where MPIComm is made
     "cli": {"typer", "rich"},
     "demo": {"typer", "rich", "sklearn"},
     "kernels": {"triton"},  # where it is installed, and never at import
