@@ -1,6 +1,7 @@
 """A loss scaler for sharded training: one small all-reduce, the same verdict on every rank."""
 
-from shardscale.comm import Communicator
+from shardscale.bring_up import init_distributed
+from shardscale.comm import Communicator, RankEnv
 from shardscale.errors import (
     ConfigError,
     DisagreementError,
@@ -24,8 +25,10 @@ __all__ = [
     "DisagreementError",
     "distinct",
     "DynamicScale",
+    "init_distributed",
     "LayoutError",
     "MissingRankError",
+    "RankEnv",
     "ScalePolicy",
     "ScaleState",
     "ShardedGradScaler",

@@ -3,12 +3,12 @@
 ::
 
     ShardScaleError
-    ├── ConfigError         (ValueError, AssertionError)    an argument is out of range
+    ├── ConfigError         (ValueError, AssertionError)    a setting is out of range
     ├── StageError          (RuntimeError)                  calls in the wrong order
     ├── StateError          (AssertionError, RuntimeError)  a state that cannot be kept
     ├── LayoutError         (ValueError)                    a gradient that cannot be judged
     ├── DisagreementError   (RuntimeError)                  the ranks are not making the same call
-    └── MissingRankError    (TimeoutError)                  a verdict that not all ranks came to
+    └── MissingRankError    (TimeoutError)                  ranks that others wait for did not come
 
 Where torch raises a built-in exception for the same mistake, ours is of that type too and starts
 with torch's text, so ``except`` clauses and matches written for torch keep working.
@@ -32,7 +32,7 @@ class ShardScaleError(Exception):
 
 
 class ConfigError(ShardScaleError, ValueError, AssertionError):
-    """An argument has a value outside its allowed range."""
+    """An argument or an environment variable has a value outside its allowed range."""
 
 
 class StageError(ShardScaleError, RuntimeError):
@@ -52,4 +52,4 @@ class DisagreementError(ShardScaleError, RuntimeError):
 
 
 class MissingRankError(ShardScaleError, TimeoutError):
-    """A verdict did not complete, because at least one rank did not come to it."""
+    """A verdict or a start did not complete, because at least one rank did not come to it."""

@@ -2,7 +2,8 @@
 
 from shardscale.comm.base import Communicator, Solo
 from shardscale.comm.bond import Bond
+from shardscale.comm.env import RankEnv, resolve
 from shardscale.comm.mpi import MPIComm
 from shardscale.comm.process_group import ProcessGroupComm
 
-__all__ = ["Bond", "Communicator", "MPIComm", "ProcessGroupComm", "Solo"]
+__all__ = ["Bond", "Communicator", "MPIComm", "ProcessGroupComm", "RankEnv", "resolve", "Solo"]

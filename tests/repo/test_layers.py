@@ -30,6 +30,7 @@ FLOORS = {
     "metrics": 1,
     "arguments": 2,
     "backward": 2,
+    "bring_up": 2,
     "outputs": 2,
     "fused": 2,
     "shards": 2,
@@ -65,7 +66,7 @@ EXCEPTIONS: dict[tuple[str, str], str] = {}
 CORE = {"shardscale", "torch", "numpy", "typing_extensions"}
 # Unit -> the libraries besides torch, numpy and the standard library that it may import.
 GUESTS = {
-    "comm": {"mpi4py"},  # where MPIComm is made
+    "comm": {"mpi4py"},  # where MPIComm is made, and where ranks under mpirun meet
     "cli": {"typer", "rich"},
     "demo": {"typer", "rich", "sklearn"},
     "kernels": {"triton"},  # where it is installed, and never at import
