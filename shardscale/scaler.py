@@ -15,7 +15,6 @@ from typing_extensions import Self
 
 from shardscale.arguments import as_max_norm, as_number, is_usable, require_device_type
 from shardscale.backward import refuse_optimizers_in_backward
-from shardscale.checkpoint import from_state_dict, to_state_dict
 from shardscale.comm import Bond, Communicator
 from shardscale.errors import ConfigError, StageError, StateError
 from shardscale.examine import Question
@@ -29,6 +28,7 @@ from shardscale.outputs import map_tensors, scale_gradient, times_scale
 from shardscale.policy import ConstantScale, DynamicScale, ScalePolicy
 from shardscale.records import Agreement, ScaleState, StepReport, Verdict
 from shardscale.replay import is_capturing, refuse_capture
+from shardscale.saved_state import from_state_dict, to_state_dict
 from shardscale.stages import as_list
 from shardscale.torch_names import TorchNames
 from shardscale.untraced import leave_untraced
@@ -399,12 +399,14 @@ class ShardedGradScaler(TorchNames, Factors, torch.amp.GradScaler):  # type: ign
         return to_state_dict(self._policy, self._state, *self._judge.counts())
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Take over a state of this class or of one of torch's; ignored if disabled.
+        """Take over a state of this class, of torch's or Megatron-Core's; ignored if disabled.
 
-        Must be done on all ranks alike: it also ends a disagreement.
+        Must be done on all ranks alike: it also ends a disagreement. Where the ranks have loaded
+        different states, :func:`shardscale.checkpoint.reconcile` brings them together.
 
         Raises:
-            StateError: the state is empty, or of another policy or a newer version.
+            StateError: the state is empty, of an unknown layout, of another policy or of a newer
+                version.
             KeyError: one of torch's keys is missing.
             ConfigError: a number is out of range; nothing was changed.
 

@@ -88,7 +88,7 @@ def count_skips(rank, size):
         p.grad = torch.full_like(p, math.nan if is_bad else scaler.get_scale())
         scaler.step(optimizer)
         scaler.update()
-        counts.append(scaler.state_dict()["shardscale"]["num_skipped"])
+        counts.append(dict(scaler.state_dict()["shardscale"])["num_skipped"])
     return counts
 
 

@@ -44,7 +44,8 @@ FLOORS = {
     "factors": 2,
     "ledger": 2,
     "diagnose": 2,
-    "checkpoint": 2,
+    "saved_state": 2,
+    "checkpoint": 3,
     "dispute": 3,
     "examine": 3,
     "gate": 3,
@@ -86,6 +87,7 @@ RUN_THE_DEMO = ("shardscale/demo/", "shardscale/cli.py", "launch/")
 ABOUT = {"benchmarks/ahead_of_time.py": {"shardscale.kernels.triton"}}
 PUBLIC_MODULES = {
     "shardscale",
+    "shardscale.checkpoint",
     "shardscale.comm",
     "shardscale.kernels",
     "shardscale.metrics",

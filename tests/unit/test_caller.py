@@ -49,9 +49,8 @@ def hand_over_the_scaler():
 
 
 def load_a_scale_out_of_range():
-    state = ShardedGradScaler("cpu", 8.0).state_dict()
-    state["shardscale"]["policy_fields"]["min_scale"] = 16.0
-    ShardedGradScaler("cpu").load_state_dict(state)
+    state = ShardedGradScaler("cpu", 32.0, policy=DynamicScale(min_scale=16.0)).state_dict()
+    ShardedGradScaler("cpu").load_state_dict({**state, "scale": 8.0})
 
 
 CAUSES = {

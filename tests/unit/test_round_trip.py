@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from shardscale import DynamicScale
-from shardscale.checkpoint import from_state_dict, to_state_dict
 from shardscale.records import ScaleState
+from shardscale.saved_state import from_state_dict, to_state_dict
 
 
 @pytest.fixture

@@ -191,6 +191,6 @@ def test_every_rank_reports_the_same(fused):
             scaler.begin()
             scaler.step(sgd(math.inf if (comm.rank, i) == (1, 1) else 8.0, fused=fused))
             scaler.update()
-        return scaler.last_report()[:4], scaler.state_dict()["shardscale"]["num_skipped"]
+        return scaler.last_report()[:4], dict(scaler.state_dict()["shardscale"])["num_skipped"]
 
     assert run_ranks(rank, 3) == [((2, 4.0, 4.0, False), 1)] * 3

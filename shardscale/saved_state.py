@@ -1,4 +1,9 @@
-"""The layout of a saved state: torch's five keys, and ours beside them."""
+"""The layout of a saved state: torch's five keys, and ours beside them.
+
+Ours are one value, pairs of names and values, and no dictionary. torch.distributed.checkpoint saves
+each entry of a dictionary by itself, and looks for those that the loading scaler would save: with a
+state of another policy, or of another version, it would stop before this module could say why.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from shardscale.caller import warn_caller
 from shardscale.errors import ConfigError, StateError
@@ -17,8 +23,9 @@ from shardscale.records import ScaleState
 
 __all__ = ["Loaded", "from_state_dict", "to_state_dict"]
 
-_VERSION = 1
+_VERSION = 2  # 1 had dictionaries
 _TORCH_KEYS = ("scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker")
+_MEGATRON_KEYS = ("scale", "growth_tracker", "hysteresis_tracker")
 
 
 class Loaded(NamedTuple):
@@ -37,35 +44,30 @@ def to_state_dict(
 
     Sync: reads the scale and the trackers.
     """
-    # torch has no policy that keeps the scale; growing by 1 does.
-    growth = getattr(policy, "growth_factor", 1.0)
-    backoff = getattr(policy, "backoff_factor", 1.0)
-    return {
-        "scale": state.scale.item(),
-        "growth_factor": growth,
-        "backoff_factor": backoff,
-        "growth_interval": getattr(policy, "growth_interval", 2**31 - 1),
-        "_growth_tracker": int(state.growth_tracker.item()),
-        "shardscale": {
-            "version": _VERSION,
-            "policy": type(policy).__name__,
-            "policy_fields": _fields_of(policy),
-            "hysteresis_tracker": int(state.hysteresis_tracker.item()),
-            "num_updates": num_updates,
-            "num_skipped": num_skipped,
-        },
+    ours = {
+        "version": _VERSION,
+        "policy": type(policy).__name__,
+        "policy_fields": tuple(_fields_of(policy).items()),
+        "hysteresis_tracker": int(state.hysteresis_tracker.item()),
+        "num_updates": num_updates,
+        "num_skipped": num_skipped,
     }
+    return _in_torchs_keys(
+        policy, state.scale.item(), int(state.growth_tracker.item()), tuple(ours.items())
+    )
 
 
 def from_state_dict(saved: Mapping[str, Any], policy: ScalePolicy) -> Loaded:
-    """Read a state of ours or of torch's; nothing is changed.
+    """Read a state of ours, of torch's or of Megatron-Core's; nothing is changed.
 
     Args:
-        saved: What ``state_dict`` of this class or of one of torch's gave.
+        saved: What ``state_dict`` of this class, of one of torch's or of Megatron-Core's
+            ``DynamicGradScaler`` gave.
         policy: The policy of the scaler that loads; its numbers are replaced by the saved ones.
 
     Raises:
-        StateError: the state is empty, of a newer version, or of another policy.
+        StateError: the state is empty, of an unknown layout, of a newer version, or of another
+            policy.
         KeyError: one of torch's keys is missing.
         ConfigError: a saved number is out of range.
     """
@@ -74,17 +76,15 @@ def from_state_dict(saved: Mapping[str, Any], policy: ScalePolicy) -> Loaded:
             "The source state dict is empty, possibly because it was saved "
             "from a disabled instance of GradScaler."
         )
-    missing = [key for key in _TORCH_KEYS if key not in saved]
-    if missing:
-        raise KeyError(f"the state dict lacks {missing}; it has {sorted(saved)}")
-    ours = saved.get("shardscale", {})
+    saved = _as_torchs(saved, policy)
+    ours = dict(saved.get("shardscale", ()))
     if ours.get("version", _VERSION) > _VERSION:
         raise StateError(
             f"the state dict has layout version {ours['version']}, but this shardscale reads up to "
             f"{_VERSION}. Install the version that saved it, or a newer one."
         )
     _require_same_kind(ours, policy)
-    policy = _with_saved_numbers(policy, saved, ours.get("policy_fields", {}))
+    policy = _with_saved_numbers(policy, saved, dict(ours.get("policy_fields", ())))
     state = policy.init(_clamped(saved["scale"], policy), "cpu")
     tracker = torch.tensor(_as_count(saved["_growth_tracker"]), dtype=torch.int32)
     hysteresis = ours.get("hysteresis_tracker")
@@ -96,6 +96,60 @@ def from_state_dict(saved: Mapping[str, Any], policy: ScalePolicy) -> Loaded:
         ours.get("num_updates", 0),
         ours.get("num_skipped", 0),
     )
+
+
+def _in_torchs_keys(
+    policy: ScalePolicy, scale: object, growth_tracker: object, ours: tuple[tuple[str, Any], ...]
+) -> dict[str, Any]:
+    return {
+        "scale": scale,
+        # torch has no policy that keeps the scale; growing by 1 does.
+        "growth_factor": getattr(policy, "growth_factor", 1.0),
+        "backoff_factor": getattr(policy, "backoff_factor", 1.0),
+        "growth_interval": getattr(policy, "growth_interval", 2**31 - 1),
+        "_growth_tracker": growth_tracker,
+        "shardscale": ours,
+    }
+
+
+def _as_torchs(saved: Mapping[str, Any], policy: ScalePolicy) -> Mapping[str, Any]:
+    if any(key in saved for key in _TORCH_KEYS[1:]):
+        missing = [key for key in _TORCH_KEYS if key not in saved]
+        if missing:
+            raise KeyError(f"the state dict lacks {missing}; it has {sorted(saved)}")
+        return saved
+    if all(key in saved for key in _MEGATRON_KEYS):
+        return _from_megatron(policy, *(saved[key] for key in _MEGATRON_KEYS))
+    raise StateError(
+        f"the state dict has the keys {sorted(map(str, saved))}, but a scaler's has torch's, "
+        f"{[*_TORCH_KEYS]}, or Megatron-Core's, {[*_MEGATRON_KEYS]}. Pass what the scaler's own "
+        "state_dict() gave; in a checkpoint of a whole job it lies below a key of its own."
+    )
+
+
+def _from_megatron(
+    policy: ScalePolicy, scale: Any, growth_tracker: object, hysteresis_tracker: Any
+) -> dict[str, Any]:
+    """Megatron-Core's state, () or (1,) float32 and two ints, in our layout.
+
+    Factors, interval, hysteresis and smallest scale are no part of it; they stay the policy's.
+
+    Source: ``DynamicGradScaler`` in megatron/core/optimizer/grad_scaler.py of Megatron-LM, read in
+        November 2026. Its hysteresis tracker counts as ours, but on below 0.
+    """
+    if isinstance(scale, Tensor) and scale.numel() == 1:
+        scale = scale.item()
+    most = getattr(policy, "hysteresis", None)
+    if most is None:  # a policy that tolerates nothing has nothing to count
+        return _in_torchs_keys(policy, scale, growth_tracker, ())
+    if hysteresis_tracker > most:
+        warn_caller(
+            f"the state dict tolerates {hysteresis_tracker} more bad steps, but this scaler's "
+            f"policy has hysteresis={most}, so {most} is taken. To go on as before, give the "
+            "policy the hysteresis, factors and interval that the state was saved with.",
+        )
+    tolerated = min(max(hysteresis_tracker, 0), most)
+    return _in_torchs_keys(policy, scale, growth_tracker, (("hysteresis_tracker", tolerated),))
 
 
 def _require_same_kind(ours: Mapping[str, Any], policy: ScalePolicy) -> None:
