@@ -18,6 +18,8 @@ PUBLIC_PACKAGES = [
     for name in ("shardscale", "comm", "kernels", "metrics", "policy", "testing")
     if (ROOT / "shardscale" / name.removeprefix("shardscale") / "__init__.py").exists()
 ]
+# Modules besides that are public.
+PUBLIC_MODULES = ["checkpoint"]
 # Methods that every rank of the group calls, and that may communicate.
 COLLECTIVE_METHODS = ["clip_grad_norm_", "step", "unscale_", "update"]
 
@@ -26,7 +28,7 @@ def load(name: str) -> types.ModuleType:
     return importlib.import_module(name if name == "shardscale" else f"shardscale.{name}")
 
 
-@pytest.mark.parametrize("package", PUBLIC_PACKAGES)
+@pytest.mark.parametrize("package", PUBLIC_PACKAGES + PUBLIC_MODULES)
 def test_all_is_sorted(package: str):
     names = load(package).__all__
     assert list(names) == sorted(names, key=str.casefold)
@@ -50,7 +52,7 @@ def test_all_is_complete(package: str):
     assert dunders <= {"__version__"}
 
 
-@pytest.mark.parametrize("package", PUBLIC_PACKAGES)
+@pytest.mark.parametrize("package", PUBLIC_PACKAGES + PUBLIC_MODULES)
 def test_every_public_name_has_its_own_docstring(package: str):
     module = load(package)
     assert module.__doc__

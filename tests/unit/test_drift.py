@@ -28,6 +28,15 @@ def test_only_what_differs_is_named_with_its_ranks():
     assert "Make the same calls" in message
 
 
+def test_states_that_differ_can_be_reconciled():
+    """What a load brings; other calls or another policy it does not."""
+    state = call(scale=4.0, num_updates=9)
+    assert "reconcile(scaler)" in explain([account(call()), account(state)], 0)
+    for other in (call(policy="ConstantScale()"), call(method="unscale_"), call(4.0, ordinal=1)):
+        assert "reconcile" not in explain([account(call()), account(other)], 0)
+    assert "reconcile" not in explain([account(call()), account(state, LayoutError("no"))], 0)
+
+
 def test_a_fault_is_told_with_its_rank_and_its_own_words():
     fault = LayoutError("the gradient of w has dtype torch.float8_e5m2")
     message = explain([account(call()), account(call(), fault)], 0)
