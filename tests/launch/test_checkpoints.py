@@ -7,52 +7,29 @@ import signal
 from pathlib import Path
 
 import pytest
-import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.fsdp import fully_shard
 
 from launch import checkpoints
-from shardscale import DynamicScale, ShardedGradScaler
 from tests.ranks.rank import outcome
+from tests.ranks.resumable import Job
 
 
-class Job:
-    """A little FSDP2 job, or one of a single process, that counts its steps."""
+def save(job, folder, step, **options):
+    checkpoints.save(folder, step, job.model, job.optimizer, job.scaler, **options)
 
-    def __init__(self):
-        torch.manual_seed(0)
-        self.model = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.Linear(5, 2))
-        if dist.is_initialized():
-            fully_shard(self.model)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.1)
-        policy = DynamicScale(growth_interval=3, hysteresis=2)
-        self.scaler = ShardedGradScaler("cpu", init_scale=8.0, policy=policy)
 
-    def train(self, first, last, bad=()):
-        for step in range(first, last):
-            self.optimizer.zero_grad()
-            loss = self.model(torch.full((4, 3), step + 1.0)).square().mean()
-            self.scaler.scale(loss).backward()
-            if step in bad:
-                for p in self.model.parameters():
-                    p.grad.mul_(float("inf"))
-            self.scaler.clip_grad_norm_(self.optimizer, 1.0)
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-        return self
+def load(job, folder):
+    return checkpoints.load_newest(folder, job.model, job.optimizer, job.scaler)
 
-    def save(self, folder, step, **options):
-        checkpoints.save(folder, step, self.model, self.optimizer, self.scaler, **options)
 
-    def load(self, folder):
-        return checkpoints.load_newest(folder, self.model, self.optimizer, self.scaler)
+def trained(first, last):
+    job = Job()
+    job.train(first, last)
+    return job
 
-    def state(self):
-        moments = [self.optimizer.state[p] for p in self.model.parameters()]
-        tensors = [*self.model.parameters(), *(m[key] for m in moments for key in sorted(m))]
-        whole = [t.full_tensor() if hasattr(t, "full_tensor") else t for t in tensors]
-        return [t.tolist() for t in whole], self.scaler.state_dict()
+
+def state(job):
+    return job.whole(), job.scaler.state_dict()
 
 
 def names(folder):
@@ -60,10 +37,10 @@ def names(folder):
 
 
 def save_and_load(rank, size, folder):
-    job = Job().train(0, 4, bad={3})
-    job.save(folder, 4)
+    job = trained(0, 4)
+    save(job, folder, 4)
     fresh = Job()
-    return fresh.load(folder), fresh.state() == job.state()
+    return load(fresh, folder), state(fresh) == state(job)
 
 
 @pytest.mark.parametrize("backend", ["gloo", None], ids=["two ranks", "alone"])
@@ -76,9 +53,9 @@ def test_what_was_saved_comes_back_bit_for_bit(ranks, tmp_path, backend):
 
 
 def load_nothing(rank, size, folder):
-    job = Job().train(0, 1)
-    before = job.state()
-    return job.load(folder), job.state() == before
+    job = trained(0, 1)
+    before = state(job)
+    return load(job, folder), state(job) == before
 
 
 def test_without_a_checkpoint_the_job_begins_at_step_0(ranks, tmp_path):
@@ -89,8 +66,8 @@ def test_without_a_checkpoint_the_job_begins_at_step_0(ranks, tmp_path):
 
 def die_while_saving(rank, size, folder, moment):
     """Save at step 2; be killed while saving at step 4."""
-    job = Job().train(0, 2)
-    job.save(folder, 2)
+    job = trained(0, 2)
+    save(job, folder, 2)
     job.train(2, 4)
 
     def die(*args):
@@ -100,16 +77,16 @@ def die_while_saving(rank, size, folder, moment):
         dcp.FileSystemWriter.write_data = die
     if moment == "renaming" and rank == 0:
         checkpoints._publish = die
-    job.save(folder, 4)
+    save(job, folder, 4)
 
 
 def go_on(rank, size, folder):
     job = Job()
-    found = job.load(folder)
-    unbroken = Job().train(0, found)
-    is_same = job.state() == unbroken.state()
-    job.train(found, 4).save(folder, 4)
-    return found, is_same, Job().load(folder)
+    found = load(job, folder)
+    is_same = state(job) == state(trained(0, found))
+    job.train(found, 4)
+    save(job, folder, 4)
+    return found, is_same, load(Job(), folder)
 
 
 @pytest.mark.parametrize("moment", ["writing", "renaming"])
@@ -124,8 +101,8 @@ def test_a_job_killed_while_it_saves_goes_on_from_the_checkpoint_before(ranks, t
 def save_often(rank, size, folder):
     job = Job()
     for step in (1, 2, 2, 3):
-        job.train(step - 1, step).save(folder, step, keep=2)
-    return Job().load(folder)
+        save(job, folder, step, keep=2)
+    return load(Job(), folder)
 
 
 def test_the_newest_are_kept(ranks, tmp_path):
@@ -136,7 +113,7 @@ def test_the_newest_are_kept(ranks, tmp_path):
 
 def save_where_no_folder_can_be(rank, size, folder):
     job = Job()
-    return outcome(lambda: job.save(folder, 1)), outcome(lambda: job.train(0, 1)).error
+    return outcome(lambda: save(job, folder, 1)), outcome(lambda: job.train(0, 1)).error
 
 
 def test_what_rank_0_cannot_do_is_raised_on_every_rank(ranks, tmp_path):
