@@ -22,6 +22,12 @@ _DISAGREE = "tests/ranks/test_disagreement.py"
 _SKIP = "tests/ranks/test_skip_together.py"
 _TORCH = "tests/ranks/test_torch_defects.py"
 _STATE = "tests/unit/test_round_trip.py"
+_RESUME = "tests/conformance/test_resumed_jobs.py"
+_RESUMED = f"{_RESUME}::test_a_job_saved_with_dcp_goes_on_bit_for_bit"
+_RECONCILE = (
+    "tests/ranks/test_reconcile.py"
+    "::test_states_that_differ_at_load_are_told_at_the_first_verdict_and_reconciled"
+)
 _JOIN = "tests/ranks/test_join_then_raise.py"
 _WITHHELD = "tests/ranks/test_withheld.py"
 _TOO_EARLY = f"{_WITHHELD}::test_a_call_before_the_last_micro_batch_is_an_error_on_every_rank"
@@ -214,17 +220,82 @@ MUTANTS = [
     ),
     Mutant(
         "loading a state forgets the growth tracker",
-        "shardscale/checkpoint.py",
+        "shardscale/saved_state.py",
         "        state._replace(growth_tracker=tracker),\n",
         "        state,\n",
-        (f"{_STATE}::test_the_good_steps_since_the_last_change_come_back",),
+        (f"{_STATE}::test_the_good_steps_since_the_last_change_come_back", f"{_RESUMED}[False]"),
     ),
     Mutant(
         "loading a state forgets the bad steps still tolerated",
-        "shardscale/checkpoint.py",
+        "shardscale/saved_state.py",
         "    if hysteresis is not None:\n",
         "    if hysteresis is None:\n",
-        (f"{_STATE}::test_the_bad_steps_still_tolerated_come_back",),
+        (f"{_STATE}::test_the_bad_steps_still_tolerated_come_back", f"{_RESUMED}[True]"),
+    ),
+    Mutant(
+        "loading a state forgets how many steps were skipped",
+        "shardscale/saved_state.py",
+        '        ours.get("num_skipped", 0),\n',
+        "        0,\n",
+        (f"{_STATE}::test_the_counts_come_back", f"{_RESUMED}[False]"),
+    ),
+    Mutant(
+        "what is ours in a state is a dictionary",
+        "shardscale/saved_state.py",
+        "int(state.growth_tracker.item()), tuple(ours.items())",
+        "int(state.growth_tracker.item()), ours",
+        (f"{_RESUME}::test_a_state_that_does_not_fit_is_refused_on_every_rank_in_our_words",),
+    ),
+    Mutant(
+        "the bad steps that Megatron still tolerates are dropped",
+        "shardscale/saved_state.py",
+        '(("hysteresis_tracker", tolerated),)',
+        "()",
+        ("tests/unit/test_saved_state.py::test_megatrons_state_goes_on_as_megatron_would[0-1]",),
+    ),
+    Mutant(
+        "ranks that tolerate different numbers of bad steps are taken for alike",
+        "shardscale/verdict.py",
+        "for number in (call.state.growth_tracker, call.state.hysteresis_tracker):",
+        "for number in (call.state.growth_tracker,):",
+        (f"{_RECONCILE}[middle of three]",),
+    ),
+    Mutant(
+        "reconciled ranks take the largest scale",
+        "shardscale/checkpoint.py",
+        "chosen = min(holdings",
+        "chosen = max(holdings",
+        (
+            f"{_RECONCILE}[two of four alike]",
+            "tests/unit/test_reconcile.py"
+            "::test_the_smallest_scale_is_taken_and_of_equals_the_lowest_ranks[scales0-trackers0-taken0]",
+        ),
+    ),
+    Mutant(
+        "ranks whose states are equal are left with the verdicts that each remembers",
+        "shardscale/checkpoint.py",
+        "    scaler.load_state_dict(holdings[chosen].state)\n",
+        "    if differing:\n        scaler.load_state_dict(holdings[chosen].state)\n",
+        ("tests/ranks/test_reconcile.py::test_reconciled_ranks_agree_at_their_first_verdict",),
+    ),
+    Mutant(
+        "ranks reconcile without the one that does not come",
+        "shardscale/checkpoint.py",
+        "    if missing:\n",
+        "    if len(missing) == comm.size:\n",
+        (
+            "tests/ranks/test_reconcile.py::test_a_rank_that_does_not_come_is_named_and_nothing_is_changed",
+        ),
+    ),
+    Mutant(
+        "a save that never ended is a checkpoint",
+        "launch/checkpoints.py",
+        "_NAME.fullmatch(path.name)",
+        "_NAME.match(path.name)",
+        (
+            "tests/launch/test_checkpoints.py"
+            "::test_a_job_killed_while_it_saves_goes_on_from_the_checkpoint_before[writing]",
+        ),
     ),
     Mutant(
         "step unscales what unscale_ has unscaled",

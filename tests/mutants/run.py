@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from mutants import MUTANTS, Mutant
 
 ROOT = Path(__file__).resolve().parents[2]
-COPIED = ("shardscale", "tests", "pyproject.toml", "docs", "README.md", "CONTRIBUTING.md")
+COPIED = ("shardscale", "launch", "tests", "pyproject.toml", "docs", "README.md", "CONTRIBUTING.md")
 NOT_COPIED = shutil.ignore_patterns("__pycache__", "_build")
 AT_ONCE = 2
 LIMIT_S = 150
