@@ -7,7 +7,6 @@ A rank that is to die does so once, between backward and verdict, by SIGKILL.
 
 from __future__ import annotations
 
-import datetime
 import os
 import signal
 import sys
@@ -16,6 +15,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from launch import checkpoints
+from shardscale import init_distributed
 from tests.cluster.logs import RankLog
 from tests.ranks.resumable import Job
 
@@ -42,10 +42,6 @@ def train(folder: Path, last: int, dying: str = "") -> None:
 
 
 if __name__ == "__main__":
-    store, rank, size = next(dist.rendezvous("env://"))
-    store = dist.PrefixStore("restart" + os.environ["TORCHELASTIC_RESTART_COUNT"], store)
-    dist.init_process_group(
-        "gloo", store=store, rank=rank, world_size=size, timeout=datetime.timedelta(seconds=40)
-    )
+    init_distributed()
     train(Path(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])
     dist.destroy_process_group()
