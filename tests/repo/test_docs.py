@@ -62,7 +62,7 @@ def program_of(page: Path) -> str:
 RUNNER = """
 import json, os, sys, traceback, warnings
 import torch._dynamo  # the first optimizer of a process would import it
-import shardscale
+from shardscale import ShardedGradScaler, skip_on_device  # imported at their first use
 
 outcomes = {}
 for name, program in json.load(sys.stdin).items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import inspect
 import subprocess
@@ -25,7 +26,11 @@ COLLECTIVE_METHODS = ["clip_grad_norm_", "step", "unscale_", "update"]
 
 
 def load(name: str) -> types.ModuleType:
-    return importlib.import_module(name if name == "shardscale" else f"shardscale.{name}")
+    """A front with all that it offers: `shardscale` imports some of it at its first use."""
+    module = importlib.import_module(name if name == "shardscale" else f"shardscale.{name}")
+    for offered in module.__all__:
+        getattr(module, offered)
+    return module
 
 
 @pytest.mark.parametrize("package", PUBLIC_PACKAGES + PUBLIC_MODULES)
@@ -64,6 +69,30 @@ def test_every_public_name_has_its_own_docstring(package: str):
         # A NamedTuple or dataclass without a docstring is given its signature as one.
         assert own, name
         assert not own.startswith(f"{name}("), name
+
+
+def test_what_is_imported_at_its_first_use_is_what_type_checkers_see():
+    """Both lists of the front name the same homes, and whatever is neither does not exist."""
+    front = load("shardscale")
+    tree = ast.parse(Path(front.__file__).read_text())
+    typed = next(node for node in tree.body if isinstance(node, ast.If))
+    assert ast.unparse(typed.test) == "typing.TYPE_CHECKING"
+    imports = [node for node in typed.body if isinstance(node, ast.ImportFrom)]
+    assert {
+        alias.name: node.module.removeprefix("shardscale.")
+        for node in imports
+        for alias in node.names
+    } == front._HOMES
+    assert front.kernels is importlib.import_module("shardscale.kernels")
+    assert set(front.__all__) <= set(dir(front))
+    with pytest.raises(AttributeError, match=r"module 'shardscale' has no attribute 'scalar'"):
+        _ = front.scalar
+
+
+@pytest.mark.parametrize("name", ["shardscale", "shardscale.preemption", "shardscale.errors"])
+def test_what_comes_before_torch_does_not_import_it(name: str):
+    program = f"import {name}, sys; sys.exit(bool({{'torch', 'numpy'}} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=False).returncode == 0
 
 
 def public_methods() -> dict[str, object]:
@@ -129,6 +158,8 @@ def loggers():
 
 root_handlers = list(logging.root.handlers)
 import shardscale
+for name in shardscale.__all__:
+    getattr(shardscale, name)  # some of it is imported at its first use
 import_extra
 assert shardscale.__file__.startswith(here), shardscale.__file__
 

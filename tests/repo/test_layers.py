@@ -25,6 +25,7 @@ FLOORS = {
     "comm": 1,
     "holders": 1,
     "owners": 1,
+    "preemption": 1,
     "withheld": 1,
     "untraced": 1,
     "metrics": 1,
@@ -52,6 +53,7 @@ FLOORS = {
     "judge": 3,
     "obey": 3,
     "scaler": 3,
+    "stopping": 3,
     "torch_names": 3,
     "": 3,  # shardscale/__init__.py
     # What runs the library and what tests it: they may know all of it, and none of it knows them.
