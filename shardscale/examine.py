@@ -20,7 +20,7 @@ from shardscale.shards import LocalShards, local_shards, params_of, require_apar
 from shardscale.stages import Entry, Stages
 from shardscale.stamps import Stamps, those_alive
 
-__all__ = ["Examiner", "Question", "divisor_of", "leave_to_step", "nothing_found"]
+__all__ = ["Examiner", "Question", "divisor_of", "leave_to_step", "nothing_found", "stamp_of"]
 
 
 class Question(NamedTuple):
@@ -174,6 +174,20 @@ class Examiner:
         for param, grad in zip(*shards, strict=True):
             (owned if self._layouts.is_owner(param, members) else copies).append(grad)
         return owned, copies
+
+
+def stamp_of(
+    optimizers: Sequence[Any], stages: Stages, stamps: Stamps, state: ScaleState
+) -> Tensor:
+    """The scale, () float32, that the gradients have: 1 where they were unscaled before."""
+    iteration = stamps.iteration
+    unscaled = iteration.num_unscaled_empty > 0 and not optimizers
+    for optimizer in optimizers if iteration.unscaled else ():
+        is_open = not stages.of(optimizer).was_judged
+        unscaled = unscaled or (is_open and stamps.unscaled_before(optimizer) is not None)
+    if unscaled:
+        return torch.ones_like(state.scale)
+    return stamps.of(optimizers, state.scale)
 
 
 def divisor_of(entry: Entry, stamps: Stamps, state: ScaleState) -> Tensor:

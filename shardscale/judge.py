@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,14 @@ from shardscale.backward import mistake_inside_backward
 from shardscale.comm import Bond, Communicator
 from shardscale.dispute import PATIENCE_S, Dispute, answer
 from shardscale.errors import LayoutError, MissingRankError, StageError
-from shardscale.examine import Examiner, Question, divisor_of, leave_to_step, nothing_found
+from shardscale.examine import (
+    Examiner,
+    Question,
+    divisor_of,
+    leave_to_step,
+    nothing_found,
+    stamp_of,
+)
 from shardscale.fused import is_fused
 from shardscale.layouts import Layouts
 from shardscale.ledger import Ledger, Unread, summary
@@ -42,6 +49,7 @@ class Judge:
         self.sync = sync
         self.layouts = Layouts()
         self.replays: Replays | None = None  # on an accelerator, once an iteration is over
+        self.wish: Callable[[], bool] = lambda: False  # of this rank, that all ranks stop
         self._policy: ScalePolicy | None = None
         self._policy_text = ""
         self.forget()
@@ -85,7 +93,10 @@ class Judge:
             # In any case: other ranks of a mesh may be waiting for it.
             examiner.prepare(question.optimizers, self.bond.timeout_s)
             if fault is None:
+                # In a graph it would be repeated by each replay; alone there is nobody to be told.
+                wishes = not captured and comm is not None and bool(self.wish())
                 stats, grads = examiner.measure(question, state)
+                stats = stats._replace(wishes=wishes)
         except Exception as error:  # noqa: BLE001 - raised again, once this rank has joined
             fault = fault or error
         if fault is not None and (comm is None or captured):
@@ -212,8 +223,8 @@ class Judge:
                 self.unscale_locally_(optimizer, state)
         self.stamps.close(state.scale, stages.left_unscaled(), stages.num_unused_empty, captured)
         if self.replays is not None and self.replays.has_captured and agreements:
-            flags, norm = summary(agreements)
-            self.replays.close_(captured, flags[0], state.scale, next_scale, norm)
+            found_inf, norm = summary(agreements)
+            self.replays.close_(captured, found_inf, state.scale, next_scale, norm)
         if not captured:
             self.ledger.turn(self.num_updates, state.scale, next_scale, agreements, floor)
             self.num_updates += 1
@@ -277,7 +288,7 @@ class Judge:
             # The others may be missing because they have read a disagreement that this rank, with
             # other optimizers, has not: then that is what there is to tell.
             for unread in self.ledger.unread():
-                if unread.agreement.flags[1:].any():
+                if unread.agreement.apart.any():
                     raise self._error_of(unread) from missing
             raise
 
@@ -290,20 +301,9 @@ class Judge:
             question.max_norm,
             self._text_of(policy),
             state,
-            self._stamp_of(question, state),
+            stamp_of(question.optimizers, self.stages, self.stamps, state),
             self.replays.num_updates if self.replays and self.replays.has_captured else None,
         )
-
-    def _stamp_of(self, question: Question, state: ScaleState) -> Tensor:
-        """The scale, () float32, that the gradients have: 1 where they were unscaled before."""
-        iteration, stages = self.stamps.iteration, self.stages
-        unscaled = iteration.num_unscaled_empty > 0 and not question.optimizers
-        for optimizer in question.optimizers if iteration.unscaled else ():
-            is_open = not stages.of(optimizer).was_judged
-            unscaled = unscaled or (is_open and self.stamps.unscaled_before(optimizer) is not None)
-        if unscaled:
-            return torch.ones_like(state.scale)
-        return self.stamps.of(question.optimizers, state.scale)
 
     def _text_of(self, policy: ScalePolicy) -> str:
         if policy is not self._policy:
@@ -339,7 +339,7 @@ class Judge:
         """Let the others know what this rank is about to raise, unless all raise alike."""
         agreement, call, fault = unread
         assert fault is not None
-        _, _, others_differ = agreement.flags.tolist()
+        others_differ = agreement.faulted.item() > 0
         if others_differ or not isinstance(fault, StageError):
             # The others took this as a bad verdict of the iteration, so this rank must, too.
             self.stages.empty.append((agreement, call))

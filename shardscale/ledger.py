@@ -15,11 +15,12 @@ __all__ = ["Flags", "Ledger", "Unread", "summary"]
 
 
 class Flags(NamedTuple):
-    """A verdict's three flags, read by the host."""
+    """A verdict's flags, read by the host."""
 
     found: bool
     drifted: bool
     faulted: bool
+    wished: bool
 
 
 class Unread(NamedTuple):
@@ -42,11 +43,12 @@ class _Page(NamedTuple):
     """One iteration, on its way to the host."""
 
     step: int
-    # (6 + 3k + 2m,) float32 on the host: found, drifted, faulted, scale, next scale, norm, then the
-    # flags of `unread`, then the scales of `suspicions`
+    # (4 + 4k + 2m,) float32 on the host: found, scale, next scale, norm, then the flags of
+    # `unread`, then the scales of `suspicions`
     numbers: Tensor
     arrived: torch.Event | None  # the copy is done; None where there was nothing to copy
     unread: list[Unread]  # the iteration's k verdicts that the host did not read
+    wished: bool  # one of the others carried a wish to stop
     suspicions: list[_Suspicion]  # m of them
 
 
@@ -60,9 +62,10 @@ class Ledger:
 
     def __init__(self) -> None:
         self.last_report: StepReport | None = None
+        self._wished_at: int | None = None  # the first iteration known to have carried a wish
         self._num_skipped = 0
         self._unread: dict[int, Unread] = {}
-        self._read: dict[int, Flags] = {}
+        self._read: dict[int, tuple[Agreement, Flags]] = {}  # kept, so that no other takes its id
         self._suspicions: list[_Suspicion] = []
         self._page: _Page | None = None
         self._num_skips_at_floor = 0
@@ -109,12 +112,21 @@ class Ledger:
         """
         self._unread.pop(id(agreement), None)
         if id(agreement) not in self._read:
-            self._read[id(agreement)] = Flags(*(flag > 0 for flag in agreement.flags.tolist()))
-        return self._read[id(agreement)]
+            flags = Flags(*(flag > 0 for flag in agreement.flags.tolist()))
+            self._read[id(agreement)] = (agreement, flags)
+        return self._read[id(agreement)][1]
 
     def unread(self) -> list[Unread]:
         """Every verdict that the host has not read, oldest first."""
         return [*(self._page.unread if self._page else []), *self._unread.values()]
+
+    def knew_of_a_wish(self, step: int) -> bool:
+        """Whether an iteration before ``step`` carried a wish to stop.
+
+        Of the iteration closed last some ranks know, and others, which read it late, do not yet.
+        Of those before it all ranks know, so for it the answer is the same everywhere.
+        """
+        return self._wished_at is not None and self._wished_at < step
 
     def drop(self) -> None:
         """Forget the verdicts of an iteration that no update will close."""
@@ -144,17 +156,18 @@ class Ledger:
             return
         # The state is about to change in place, but what is told of a call is how it was made.
         unread = [u._replace(call=_snapshot(u.call)) for u in self._unread.values()]
-        flags, norm = summary(agreements)
-        on = flags.device
-        rest = torch.stack([t.to(on) for t in (scale, next_scale, norm)])
+        found_inf, norm = summary(agreements)
+        on = found_inf.device
+        rest = torch.stack([t.to(on) for t in (found_inf, scale, next_scale, norm)])
         scales = [torch.stack([t.to(on) for t in s[1:]]) for s in self._suspicions]
-        numbers = torch.cat([flags, rest, *(u.agreement.flags for u in unread), *scales])
+        numbers = torch.cat([rest, *(u.agreement.flags for u in unread), *scales])
         arrived = None
         if not numbers.is_cpu:
             numbers = numbers.to("cpu", non_blocking=True)
             arrived = torch.Event(on.type)
             arrived.record()
-        self._page = _Page(step, numbers, arrived, unread, self._suspicions)
+        wished = any(flags.wished for _, flags in self._read.values())
+        self._page = _Page(step, numbers, arrived, unread, wished, self._suspicions)
         self.drop()
         if not unread and arrived is None:
             self.open(floor)
@@ -172,8 +185,10 @@ class Ledger:
             return []
         if page.arrived is not None:
             page.arrived.synchronize()
-        found, _, _, scale, next_scale, norm, *more = page.numbers.tolist()
-        flags, scales = more[: 3 * len(page.unread)], more[3 * len(page.unread) :]
+        found, scale, next_scale, norm, *more = page.numbers.tolist()
+        flags, scales = more[: 4 * len(page.unread)], more[4 * len(page.unread) :]
+        if self._wished_at is None and (page.wished or any(flags[3::4])):
+            self._wished_at = page.step
         skipped = found > 0
         self._num_skipped += skipped
         self.last_report = StepReport(page.step, scale, next_scale, skipped, norm, ())
@@ -184,7 +199,7 @@ class Ledger:
             self._warn_of_two_scales(suspicion.name, made_with, unscaled_by)
         return [
             unread
-            for unread, drifted, faulted in zip(page.unread, flags[1::3], flags[2::3], strict=True)
+            for unread, drifted, faulted in zip(page.unread, flags[1::4], flags[2::4], strict=True)
             if drifted or faulted
         ]
 
@@ -211,13 +226,13 @@ class Ledger:
 
 
 def summary(agreements: Sequence[tuple[Agreement, Call]]) -> tuple[Tensor, Tensor]:
-    """The joint flags, (3,) float32, of an iteration's verdicts, and its norm, () float32."""
+    """Of an iteration's verdicts the joint flag and the norm, both () float32."""
     newest, _ = agreements[-1]
-    flags = newest.flags
+    found_inf = newest.found_inf
     if len(agreements) > 1:
-        flags = torch.stack([agreement.flags for agreement, _ in agreements]).amax(0)
+        found_inf = torch.stack([agreement.found_inf for agreement, _ in agreements]).amax()
     normed = [a.grad_norm for a, call in agreements if call.max_norm is not None]
-    return flags, normed[-1] if normed else newest.grad_norm
+    return found_inf, normed[-1] if normed else newest.grad_norm
 
 
 def _snapshot(call: Call) -> Call:

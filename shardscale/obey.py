@@ -82,7 +82,7 @@ class Obedience:
             for agreement, _ in self._judge.stages.agreements():
                 if all(agreement is not own for own, _ in found):
                     # Ranks that fell apart over another optimizer must not move this one either.
-                    found_inf = torch.maximum(found_inf, agreement.flags[1:].amax())
+                    found_inf = torch.maximum(found_inf, agreement.apart.amax())
             grad_scale = None
             if entry.divisor is not None or not entry.is_unscaled:
                 grad_scale = divisor_of(entry, self._judge.stamps, self._state)

@@ -48,12 +48,13 @@ class ScaleState(NamedTuple):
 
 
 class ShardStats(NamedTuple):
-    """What one rank found in its own gradient shards; it exists with no shard too."""
+    """What one rank brings to a verdict; it exists with no shard too."""
 
     found_inf: Tensor  # () float32, 0.0 or 1.0
     sum_squares: (
         Tensor | None
     )  # () float64 over the shards this rank owns; None where not asked for
+    wishes: bool = False  # this rank wishes that all ranks stop
 
 
 class Call(NamedTuple):
@@ -83,9 +84,9 @@ class Verdict(NamedTuple):
 
 
 class Agreement(NamedTuple):
-    """A verdict, and whether the ranks belonged together when they made it."""
+    """A verdict, whether the ranks belonged together when they made it, and who wished to stop."""
 
-    flags: Tensor  # (3,) float32, each 0.0 or 1.0: found, drifted, faulted
+    flags: Tensor  # (4,) float32, each 0.0 or 1.0: found, drifted, faulted, wished
     grad_norm: Tensor  # () float32
     words: Tensor  # (2,) float64: the reduced message, which the next one is fingerprinted with
 
@@ -103,6 +104,11 @@ class Agreement(NamedTuple):
     def faulted(self) -> Tensor:
         """() float32: 1.0 where a rank could not judge its own gradients."""
         return self.flags[2]
+
+    @property
+    def apart(self) -> Tensor:
+        """(2,) float32: drifted and faulted; 1.0 in either where the ranks fell apart."""
+        return self.flags[1:3]
 
     @property
     def verdict(self) -> Verdict:

@@ -30,6 +30,7 @@ from shardscale.records import Agreement, ScaleState, StepReport, Verdict
 from shardscale.replay import is_capturing, refuse_capture
 from shardscale.saved_state import from_state_dict, to_state_dict
 from shardscale.stages import as_list
+from shardscale.stopping import Stopping
 from shardscale.torch_names import TorchNames
 from shardscale.untraced import leave_untraced
 from shardscale.verdict import joint_found_inf
@@ -39,7 +40,9 @@ __all__ = ["ShardedGradScaler"]
 
 # Where torch has attributes ours are properties, and one optimizer may be a sequence of them.
 @leave_untraced("clip_grad_norm_", "last_report", "step", "unscale_", "update", "verdict")
-class ShardedGradScaler(TorchNames, Factors, torch.amp.GradScaler):  # type: ignore[override,misc]
+class ShardedGradScaler(  # type: ignore[override,misc]
+    TorchNames, Factors, Stopping, torch.amp.GradScaler
+):
     """A gradient scaler whose every rank skips or steps together.
 
     Takes the place of ``torch.amp.GradScaler`` and of torch's ``ShardedGradScaler``. Whatever the

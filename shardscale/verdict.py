@@ -5,13 +5,16 @@ an exact integer,
 
 .. code-block:: text
 
-    bad + 2^18 * weight(rank) * fingerprint        bad in {0, 1},  fingerprint in 1..1022
+    bad + B * wish + B * W * weight(rank) * fingerprint
 
-whose weights sum to zero over the group. If all ranks send the same fingerprint the second term
-vanishes and what is left is the number of bad ranks; if they do not, a multiple of 2^18 remains,
-and every rank reads it from the same reduced number. A rank that cannot judge its own gradients
-sends NaN in word 0, which no other summand can hide, and -1 in word 1, which adds up to minus the
-size of the group only where all ranks do so.
+    bad and wish in {0, 1},  fingerprint in 1..1022
+    B = size + 1,  W = 1 + the number of ranks whose wish to stop is heard at once
+
+whose weights sum to zero over the group. If all ranks send the same fingerprint the last term
+vanishes, and what is left is the number of bad ranks, below B, and B times the number of wishes,
+below W; if they do not, a multiple of B * W remains, and every rank reads it from the same reduced
+number. A rank that cannot judge its own gradients sends NaN in word 0, which no other summand can
+hide, and -1 in word 1, which adds up to minus the size of the group only where all ranks do so.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ import math
 import struct
 import zlib
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,13 +36,11 @@ from shardscale.records import Agreement, Call, ShardStats
 
 __all__ = ["MAX_RANKS", "agree", "alone", "clip_coefficient", "joint_found_inf"]
 
-# Word 0 stays an exact float64 integer in any order of summation. Around the ring of ranks the
-# numbers whose differences are the weights lie in 0..509, so the positive weights sum to at most
-# size/2 * 509, and no partial sum exceeds 2^16 * 509 * 1022 * 2^18 + 2^17 < 2^53.
+# The largest group whose message has room for one wish; see `units_of`.
 MAX_RANKS = 2**17
-_COUNT_BITS = 18
 _NUM_FINGERPRINTS = 1022
 _DRAWS = 170
+_LARGEST_WEIGHT = 3 * (_DRAWS - 1) + 2
 _LARGEST = torch.finfo(torch.float32).max
 _PRIME = 2**32 + 15  # the smallest prime above every 32-bit word
 _NUM_MULTIPLIERS = 7
@@ -80,12 +82,12 @@ def agree(
         )
     message = pack(stats, call, comm.rank, comm.size, previous, faulted)
     comm.all_reduce_sum_(message)
-    return unpack(message, stats.sum_squares is not None, previous, comm.size)
+    return unpack(message, stats.sum_squares is not None, comm.size, previous)
 
 
 def alone(stats: ShardStats, previous: Agreement | None = None) -> Agreement:
     """The verdict of a single rank: its own findings, nothing sent."""
-    return unpack(_message(stats, 0), stats.sum_squares is not None, previous)
+    return unpack(_message(stats, 0), stats.sum_squares is not None, 1, previous)
 
 
 def pack(
@@ -101,13 +103,14 @@ def pack(
         return _message(
             ShardStats(stats.found_inf, torch.full_like(stats.found_inf, -1.0)), math.nan
         )
-    term = weight(call.num_updates, rank, size) * fingerprint(call, previous) * 2**_COUNT_BITS
+    units = units_of(size)
+    term = weight(call.num_updates, rank, size) * fingerprint(call, previous) * units.call
+    if stats.wishes and is_heard(call.num_updates, rank, size):
+        term = term + units.wish
     return _message(stats, term)
 
 
-def unpack(
-    words: Tensor, normed: bool, previous: Agreement | None = None, size: int | None = None
-) -> Agreement:
+def unpack(words: Tensor, normed: bool, size: int, previous: Agreement | None = None) -> Agreement:
     """Read the reduced message; nothing else enters, so all ranks read the same.
 
     The norm of many large float32 values need not fit float32; saturated, it still counts as the
@@ -117,42 +120,46 @@ def unpack(
     Args:
         words: (2,) float64, the sum over all ranks.
         normed: Whether word 1 carries a sum of squares.
-        previous: An agreement whose drift still stands.
         size: The number of ranks. If all of them are at fault, as by a mistake in the program that
             they share, each raises its own error, and none has to learn of another's.
+        previous: An agreement whose drift still stands.
     """
     if _is_on_host(words):
-        return _unpack_on_host(words, normed, previous, size)
-    count, sum_squares = words[0], words[1]
-    stopped = count.isnan()
-    faulted = stopped & (sum_squares != -(size or math.inf))
-    num_bad = count.remainder(2**_COUNT_BITS)
-    drifted = (count != num_bad) & ~stopped
+        return _unpack_on_host(words, normed, size, previous)
+    units = units_of(size)
+    total, sum_squares = words[0], words[1]
+    stopped = total.isnan()
+    faulted = stopped & (sum_squares != -size)
+    counts = total.remainder(units.call)  # exact for integers, as fmod is
+    drifted = (total != counts) & ~stopped
     if previous is not None:
         drifted = drifted | (previous.drifted > 0)
-    found = (num_bad > 0) | drifted | stopped
+    wished = counts >= units.wish
+    found = (counts.remainder(units.wish) > 0) | drifted | stopped
     if normed:
         norm = torch.where(stopped, math.nan, sum_squares.sqrt())
         found = found | ~norm.isfinite()
         grad_norm = torch.where(norm.isfinite(), norm.clamp(max=_LARGEST), norm).float()
     else:
-        grad_norm = torch.full_like(count, math.nan, dtype=torch.float32)
+        grad_norm = torch.full_like(total, math.nan, dtype=torch.float32)
     words = torch.where(words.isnan(), math.nan, words)
-    return Agreement(torch.stack([found, drifted, faulted]).float(), grad_norm, words)
+    return Agreement(torch.stack([found, drifted, faulted, wished]).float(), grad_norm, words)
 
 
 def _unpack_on_host(
-    words: Tensor, normed: bool, previous: Agreement | None, size: int | None
+    words: Tensor, normed: bool, size: int, previous: Agreement | None
 ) -> Agreement:
     """The same reading in Python numbers, which on the host cost a tenth of tensors."""
-    count, sum_squares = words.tolist()
-    stopped = math.isnan(count)
-    faulted = stopped and sum_squares != -(size or math.inf)
-    num_bad = 0.0 if stopped else count % 2**_COUNT_BITS
-    drifted = not stopped and count != num_bad
+    units = units_of(size)
+    total, sum_squares = words.tolist()
+    stopped = math.isnan(total)
+    faulted = stopped and sum_squares != -size
+    counts = 0.0 if stopped else total % units.call
+    drifted = not stopped and total != counts
     if previous is not None:
         drifted = drifted or previous.flags.tolist()[1] > 0
-    found = num_bad > 0 or drifted or stopped
+    wished = counts >= units.wish
+    found = counts % units.wish > 0 or drifted or stopped
     grad_norm = math.nan
     if normed:
         grad_norm = math.nan if stopped else math.sqrt(sum_squares)
@@ -160,7 +167,7 @@ def _unpack_on_host(
         grad_norm = min(grad_norm, _LARGEST) if math.isfinite(grad_norm) else grad_norm
     if stopped or math.isnan(sum_squares):
         words = torch.where(words.isnan(), math.nan, words)
-    flags = torch.tensor([found, drifted, faulted], dtype=torch.float32, device="cpu")
+    flags = torch.tensor([found, drifted, faulted, wished], dtype=torch.float32, device="cpu")
     return Agreement(flags, torch.tensor(grad_norm, dtype=torch.float32, device="cpu"), words)
 
 
@@ -210,6 +217,41 @@ def fingerprint(call: Call, previous: Agreement | None) -> int | Tensor:
         # A graph repeats its multipliers; times a number that it counts on, each replay has others.
         total = total % _PRIME * (call.num_replayed * _STRIDE % 2**29 * 2 + 1) % _PRIME
     return total % _NUM_FINGERPRINTS + 1
+
+
+class Units(NamedTuple):
+    """What word 0 counts in; a bad rank counts 1."""
+
+    wish: int
+    call: int  # one of a rank's weighted fingerprint
+
+
+@functools.lru_cache(maxsize=8)
+def units_of(size: int) -> Units:
+    """The units of a group's word 0, which stays an exact float64 integer however it is summed.
+
+    Around the ring of ranks the numbers whose differences are the weights lie in 0..509, and they
+    rise at most ``size // 2`` times from one end to the other. So the positive terms of any ranks
+    sum to at most ``size // 2 * 509 * 1022`` of the largest unit and the negative ones to no less
+    than minus that, while all counts together stay below one of it. Up to 3259 ranks all of this
+    fits 2^53 with one wish a rank; in a larger group fewer wishes do, and in one of 2^17 just one.
+    """
+    wish = size + 1
+    room = 2**53 // ((size // 2 * _LARGEST_WEIGHT * _NUM_FINGERPRINTS + 1) * wish)
+    return Units(wish, wish * min(room, size + 1))
+
+
+def is_heard(step: int, rank: int, size: int) -> bool:
+    """Whether a rank's wish rides in the messages of a step.
+
+    Rank 0's always does. The others take turns, of one step where there is room for all of them;
+    in the largest groups there is room for none.
+    """
+    if rank == 0:
+        return True
+    wish, call = units_of(size)
+    num_others = call // wish - 2
+    return num_others > 0 and (rank + step) % math.ceil((size - 1) / num_others) == 0
 
 
 def weight(step: int, rank: int, size: int) -> int:
@@ -262,7 +304,7 @@ def _is_on_host(tensor: Tensor) -> bool:
 
 
 def _message(stats: ShardStats, term: float | Tensor) -> Tensor:
-    found_inf, sum_squares = stats
+    found_inf, sum_squares, _ = stats
     if _is_on_host(found_inf) and not isinstance(term, Tensor):
         squares = 0.0 if sum_squares is None else sum_squares.item()
         return torch.tensor([found_inf.item() + term, squares], dtype=torch.float64, device="cpu")

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from shardscale import ShardedGradScaler, skip_on_device
+from shardscale.verdict import MAX_RANKS, units_of, unpack
 
 pytestmark = pytest.mark.gpu
 
@@ -238,6 +239,37 @@ def test_the_report_comes_one_iteration_late():
 
     report = scaler.last_report()
     assert (report.step, report.scale, report.next_scale, report.skipped) == (1, 1024, 512, True)
+
+
+@pytest.mark.parametrize("optimizer", ["AdamW fused", "SGD fused"])
+def test_a_wish_to_stop_is_heard_without_a_word_to_the_host(optimizer):
+    params = make_params()
+    optimizer = OPTIMIZERS[optimizer](params)
+    said, wishes = [], iter([False, False, True, False, False])
+    scaler = ShardedGradScaler("cuda", init_scale=1024.0).listen(lambda: next(wishes))
+    for step in range(5):
+        give_grads(params, 1024.0, 0)
+        with host_reads_are("default" if step == 0 else "error"):
+            scaler.scale(torch.ones((), device="cuda"))
+            scaler.step(optimizer)
+            scaler.update()
+            said.append(scaler.should_stop())
+
+    assert said == [False, False, False, True, True]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 1_000, 3_259, 3_260, 16_384, 107_440, MAX_RANKS])
+def test_a_message_is_read_alike_on_the_gpu_and_on_the_host(size):
+    """The units of word 0 are no powers of two, so the remainder must be exact."""
+    units = units_of(size)
+    counts = torch.tensor([0, 1, size, units.wish, units.wish + 1, units.call - 1])
+    largest = 2**53 // units.call - 1
+    drawn = torch.randint(-largest, largest + 1, (50,), generator=torch.Generator().manual_seed(0))
+    for drift in (0, 1, -1, largest, -largest, *drawn.tolist()):
+        for total in (counts + drift * units.call).tolist():
+            words = torch.tensor([total, 4.0], dtype=torch.float64)
+            here, there = unpack(words, True, size), unpack(words.cuda(), True, size)
+            assert [field.tolist() for field in there] == [field.tolist() for field in here]
 
 
 CONSTRUCT = """

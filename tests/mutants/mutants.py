@@ -56,6 +56,11 @@ _GRID = "tests/kernels/grid.py"
 _BITS = f"{_GRID}::test_unscale_gives_torchs_bits_and_the_references_flag"
 _NORMS = f"{_GRID}::test_the_sum_of_squares_is_the_float64_formulas"
 _TABLE = "tests/kernels/test_table.py"
+_STOP = "tests/ranks/test_stopping_together.py"
+_STOPPED = f"{_STOP}::test_all_ranks_stop_at_the_same_step_and_train_as_without_a_wish"
+_SIGNAL = "tests/unit/test_preemption.py"
+_LEDGER = "tests/unit/test_ledger.py"
+_EXPORTS = "tests/repo/test_exports.py"
 
 MUTANTS = [
     Mutant(
@@ -63,7 +68,7 @@ MUTANTS = [
         "shardscale/verdict.py",
         """\
     comm.all_reduce_sum_(message)
-    return unpack(message, stats.sum_squares is not None, previous, comm.size)
+    return unpack(message, stats.sum_squares is not None, comm.size, previous)
 """,
         """\
     return alone(stats, previous)
@@ -88,8 +93,8 @@ MUTANTS = [
     Mutant(
         "found_inf is the number of bad ranks",
         "shardscale/verdict.py",
-        "flags = torch.tensor([found, drifted, faulted]",
-        "flags = torch.tensor([num_bad or found, drifted, faulted]",
+        "flags = torch.tensor([found, drifted, faulted, wished]",
+        "flags = torch.tensor([counts or found, drifted, faulted, wished]",
         (
             f"{_VERDICT}::test_found_inf_is_exactly_one_if_any_rank_is_bad_and_zero_otherwise[all-2]",
             f"{_TORCH}::test_f2_inf_on_every_rank_is_one_inf_to_a_fused_sgd[ours]",
@@ -98,8 +103,8 @@ MUTANTS = [
     Mutant(
         "found_inf is the number of bad ranks, read on a device",
         "shardscale/verdict.py",
-        "torch.stack([found, drifted, faulted])",
-        "torch.stack([torch.where(num_bad > 0, num_bad, found), drifted, faulted])",
+        "torch.stack([found, drifted, faulted, wished])",
+        "torch.stack([torch.where(counts > 0, counts, found), drifted, faulted, wished])",
         (f"{_VERDICT}::test_the_message_reads_alike_on_host_and_device",),
     ),
     Mutant(
@@ -122,7 +127,7 @@ MUTANTS = [
     comm.all_reduce_sum_(message)
 """,
         """\
-    term = fingerprint(call, previous) * 2**_COUNT_BITS
+    term = fingerprint(call, previous) * units_of(comm.size).call
     message = _message(stats, math.nan if faulted else term * (comm.rank == 0))
     comm.all_reduce_sum_(message)
     message[0] -= term
@@ -351,7 +356,7 @@ MUTANTS = [
     Mutant(
         "a mistake of all ranks is taken for a mistake of some",
         "shardscale/verdict.py",
-        "faulted = stopped and sum_squares != -(size or math.inf)",
+        "faulted = stopped and sum_squares != -size",
         "faulted = stopped",
         (f"{_JOB}::test_a_mistake_that_all_ranks_share_leaves_their_earlier_verdicts_standing",),
     ),
@@ -602,13 +607,13 @@ MUTANTS = [
         "shardscale/verdict.py",
         "MAX_RANKS = 2**17",
         "MAX_RANKS = 2**18",
-        (f"{_SUMS}::test_the_bad_ranks_of_the_largest_group_are_counted",),
+        (f"{_SUMS}::test_what_is_counted_is_read_again",),
     ),
     Mutant(
-        "more than 511 bad ranks read as a drift",
+        "more than 510 bad ranks read as a wish",
         "shardscale/verdict.py",
-        "_COUNT_BITS = 18",
-        "_COUNT_BITS = 9",
+        "    wish = size + 1\n",
+        "    wish = min(size + 1, 511)\n",
         (f"{_MANY}[1024-all are bad]",),
     ),
     Mutant(
@@ -713,8 +718,8 @@ MUTANTS = [
     ),
     Mutant(
         "calls without an optimizer do not know what is unscaled",
-        "shardscale/judge.py",
-        "iteration.num_unscaled_empty > 0 and not question.optimizers",
+        "shardscale/examine.py",
+        "iteration.num_unscaled_empty > 0 and not optimizers",
         "False",
         (f"{_DISAGREE}::test_ranks_of_few_optimizers_unscale_as_the_others[(3, 3, 0)-True-False]",),
     ),
@@ -1025,5 +1030,128 @@ MUTANTS = [
     if is_compiling():
         torch.ops.shardscale.unscale_""",
         ("tests/compile/test_operators.py::test_a_mode_that_watches_operators_is_shown_ours",),
+    ),
+    Mutant(
+        "a wish is counted as a bad rank",
+        "shardscale/verdict.py",
+        "        term = term + units.wish\n",
+        "        term = term + 1\n",
+        (f"{_VERDICT}::test_a_wish_of_any_rank_is_read_and_changes_nothing_else", _STOPPED),
+    ),
+    Mutant(
+        "a rank hears nothing but its own wish",
+        "shardscale/verdict.py",
+        """\
+    return unpack(message, stats.sum_squares is not None, comm.size, previous)
+""",
+        """\
+    agreement = unpack(message, stats.sum_squares is not None, comm.size, previous)
+    agreement.flags[3] = float(stats.wishes)
+    return agreement
+""",
+        (
+            f"{_STOPPED}[3-step]",
+            f"{_STOP}::test_a_signal_to_one_rank_ends_the_loops_of_all_at_one_step",
+        ),
+    ),
+    Mutant(
+        "one wish of every rank is one too many",
+        "shardscale/verdict.py",
+        "min(room, size + 1)",
+        "min(room, size)",
+        (
+            f"{_VERDICT}::test_a_wish_of_any_rank_is_read_and_changes_nothing_else[1-3]",
+            f"{_SUMS}::test_up_to_3259_ranks_every_wish_is_heard_in_every_step",
+        ),
+    ),
+    Mutant(
+        "a message holds one wish more than it has room for",
+        "shardscale/verdict.py",
+        "min(room, size + 1)",
+        "min(room + 1, size + 1)",
+        (f"{_SUMS}::test_every_partial_sum_is_exact_in_every_order",),
+    ),
+    Mutant(
+        "of a large group the same ranks are heard in every step",
+        "shardscale/verdict.py",
+        "(rank + step) % math.ceil",
+        "rank % math.ceil",
+        (f"{_SUMS}::test_in_larger_groups_rank_0_is_heard_and_the_others_take_turns",),
+    ),
+    Mutant(
+        "who has read a wish stops at once",
+        "shardscale/stopping.py",
+        "knew_of_a_wish(judge.num_updates - 1)",
+        "knew_of_a_wish(judge.num_updates)",
+        (
+            f"{_STOPPED}[3-step]",
+            f"{_SIGNAL}::test_a_group_of_one_that_a_communicator_makes_is_told_an_iteration_later",
+        ),
+    ),
+    Mutant(
+        "a wish is heard only in a verdict that an optimizer still has",
+        "shardscale/ledger.py",
+        "for _, flags in self._read.values())",
+        "for own, flags in self._read.values() if any(own is a for a, _ in agreements))",
+        (f"{_LEDGER}::test_a_wish_is_known_with_its_iteration_however_its_verdict_was_read",),
+    ),
+    Mutant(
+        "a verdict is taken for another one that had its id",
+        "shardscale/ledger.py",
+        "self._read[id(agreement)] = (agreement, flags)",
+        "self._read[id(agreement)] = (None, flags)",
+        (f"{_LEDGER}::test_a_verdict_is_not_taken_for_one_that_is_gone",),
+    ),
+    Mutant(
+        "a graph is captured with the wish of that moment",
+        "shardscale/judge.py",
+        "not captured and comm is not None and bool",
+        "comm is not None and bool",
+        (f"{_STOP}::test_a_captured_verdict_carries_no_wish",),
+    ),
+    Mutant(
+        "a wish that raises is raised before this rank has joined",
+        "shardscale/judge.py",
+        "        stats = nothing_found(state)\n        grads:",
+        "        stats = nothing_found(state)\n        self.wish()\n        grads:",
+        (f"{_STOP}::test_a_wish_that_raises_is_a_fault_of_its_rank",),
+    ),
+    Mutant(
+        "the handler of the signal to stop is the default one",
+        "shardscale/preemption.py",
+        "signal.signal(number, self._note)",
+        "signal.signal(number, signal.SIG_DFL)",
+        (f"{_SIGNAL}::test_a_signal_during_start_up_is_not_lost_if_the_parent_has_blocked_it",),
+    ),
+    Mutant(
+        "a signal that was blocked stays blocked",
+        "shardscale/preemption.py",
+        "signal.SIG_UNBLOCK",
+        "signal.SIG_BLOCK",
+        (f"{_SIGNAL}::test_a_signal_during_start_up_is_not_lost_if_the_parent_has_blocked_it",),
+    ),
+    Mutant(
+        "the handler that was there before is not called",
+        "shardscale/preemption.py",
+        "if callable(self._before) and",
+        "if not callable(self._before) and",
+        (f"{_SIGNAL}::test_handlers_that_were_there_before_are_called_too",),
+    ),
+    Mutant(
+        "the package imports torch",
+        "shardscale/__init__.py",
+        "import typing\n",
+        "import typing\n\nimport torch\n",
+        (f"{_EXPORTS}::test_what_comes_before_torch_does_not_import_it[shardscale.preemption]",),
+    ),
+    Mutant(
+        "a rank that is alone is never told to stop",
+        "shardscale/stopping.py",
+        "if not self._enabled or judge.bond.communicator() is None:",
+        "if not self._enabled:",
+        (
+            f"{_SIGNAL}::test_a_scaler_that_is_alone_gives_its_own_wish_at_once",
+            f"{_STOP}::test_what_a_rank_wished_alone_does_not_stop_it_in_a_group_made_later",
+        ),
     ),
 ]

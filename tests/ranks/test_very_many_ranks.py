@@ -23,6 +23,7 @@ class Scenario(NamedTuple):
     """Which ranks do not do what the others do; ranks are given for a size."""
 
     bad: tuple[int, ...] = ()
+    wishing: tuple[int, ...] = ()
     odd: tuple[int, ...] = ()
     change: dict[str, object] = {}  # noqa: RUF012 - what the odd ranks' calls differ in
     faulted: tuple[int, ...] = ()
@@ -33,7 +34,7 @@ class Read(NamedTuple):
     """What the ranks read from the message, as counts of ranks: one entry where all agree."""
 
     bits: int  # how many different messages the ranks hold
-    flags: Counter[tuple[bool, bool, bool]]  # found, drifted, faulted
+    flags: Counter[tuple[bool, ...]]  # found, drifted, faulted, wished
     norm: float  # the first rank's
 
 
@@ -46,13 +47,15 @@ def scenarios(size: int) -> dict[str, Scenario]:
         "middle is bad": Scenario(bad=middle),
         "last is bad": Scenario(bad=last),
         "all are bad": Scenario(bad=everyone),
+        "first wishes to stop": Scenario(wishing=first),
+        "all are bad and wish to stop": Scenario(bad=everyone, wishing=everyone),
         "one has another scale": Scenario(odd=middle, change={"stamp": scale}),
         "one has another max_norm": Scenario(odd=last, change={"max_norm": 2.0}),
         "one makes another call": Scenario(odd=first, change={"method": "step"}),
         "two drifted alike": Scenario(odd=(size // 3, size - 2), change={"stamp": scale}),
         "two neighbours drifted alike": Scenario(odd=(7, 8), change={"stamp": scale}),
         "half drifted alike": Scenario(odd=everyone[::2], change={"stamp": scale}),
-        "one is bad and another drifted": Scenario(first, last, {"max_norm": 2.0}),
+        "one is bad and another drifted": Scenario(first, (), last, {"max_norm": 2.0}),
         "one is at fault": Scenario(faulted=middle),
         "one is at fault and others are bad": Scenario(bad=(1, 2), faulted=last),
         "all are at fault": Scenario(faulted=everyone),
@@ -69,20 +72,19 @@ def judge_all(rank: int, size: int, num_ranks: int) -> dict[str, Read]:
 
 def judge(scenario: Scenario, call: Call, good: list[torch.Tensor]) -> Read:
     size, messages = len(good), list(good)
-    for r in {*scenario.bad, *scenario.odd, *scenario.faulted}:
+    for r in {*scenario.bad, *scenario.wishing, *scenario.odd, *scenario.faulted}:
         mine = call._replace(**scenario.change) if r in scenario.odd else call
-        stats = stats_of(r, r in scenario.bad)
+        stats = stats_of(r, r in scenario.bad)._replace(wishes=r in scenario.wishing)
         messages[r] = pack(stats, mine, r, size, faulted=r in scenario.faulted)
     held = summed(messages) if scenario.is_reduced else torch.stack(messages)
     # The same bits read the same, so each different message is read once.
     by_bits = Counter(row.tobytes() for row in held.numpy())
-    flags: Counter[tuple[bool, bool, bool]] = Counter()
+    flags: Counter[tuple[bool, ...]] = Counter()
     norms = []
     for bits, num_ranks in by_bits.items():
         words = torch.frombuffer(bytearray(bits), dtype=torch.float64)
-        agreement = unpack(words, True, size=size)
-        found, drifted, faulted = map(bool, agreement.flags.tolist())
-        flags[found, drifted, faulted] += num_ranks
+        agreement = unpack(words, True, size)
+        flags[tuple(map(bool, agreement.flags.tolist()))] += num_ranks
         norms.append(agreement.grad_norm.item())
     return Read(len(by_bits), flags, norms[0])
 
@@ -116,11 +118,11 @@ def read(request, ranks):
 
 @pytest.mark.parametrize("name", scenarios(1_024))
 def test_every_rank_reads_the_one_right_verdict(read, name):
-    """The oracle is the definition: bad, or drifted, or at fault, on any rank is so on all."""
+    """The oracle is the definition: bad, drifted, at fault or wishing on any rank is so on all."""
     size, found = read
     scenario = scenarios(size)[name]
     if not scenario.is_reduced:
-        assert found[name].flags == {(True, True, False): size}
+        assert found[name].flags == {(True, True, False, False): size}
         return
     is_stopped = bool(scenario.faulted)
     has_drifted = bool(scenario.odd)
@@ -129,7 +131,8 @@ def test_every_rank_reads_the_one_right_verdict(read, name):
     norm = math.nan if is_stopped else math.sqrt(sum(map(squares, range(size))))
 
     assert found[name].bits == 1
-    assert found[name].flags == {(is_found, has_drifted, some_at_fault): size}
+    flags = (is_found, has_drifted, some_at_fault, bool(scenario.wishing))
+    assert found[name].flags == {flags: size}
     assert found[name].norm == pytest.approx(norm, rel=1e-7, nan_ok=True)  # float32 rounding
 
 

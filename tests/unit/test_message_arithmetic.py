@@ -12,10 +12,22 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from shardscale.records import Call, ScaleState
-from shardscale.verdict import MAX_RANKS, _multipliers, fingerprint, unpack, weight
+from shardscale.verdict import (
+    MAX_RANKS,
+    _multipliers,
+    fingerprint,
+    is_heard,
+    units_of,
+    unpack,
+    weight,
+)
 
 Integers = NDArray[numpy.int64]
 SIZES = (2, 3, 8, 1_024, MAX_RANKS)
+ALL_HEARD = 3_259  # the largest group in which every wish is heard in every step
+SOME_HEARD = 107_439  # the largest in which wishes besides rank 0's are
+# Small ones, both sides of these borders and of that between turns of two and of three steps.
+BORDERS = (1, 2, 3, 4, 5, 3_258, 3_259, 3_260, 3_261, 4_105, 4_106, 107_439, 107_440, 131_071)
 
 
 def weights(steps: Integers, ranks: Integers, size: int) -> Integers:
@@ -44,28 +56,64 @@ def test_weights_of_large_groups_are_small_never_zero_and_sum_to_zero(size):
     assert (found == weights(numpy.array([step]), numpy.arange(size), size)).all()
 
 
+# What ranks send that have the fingerprints given, and how many of them are bad or wish.
 FINGERPRINTS = {
     "alike": lambda random, weights: random.integers(1, 1023) + 0 * weights,
     "all different": lambda random, weights: random.integers(1, 1023, len(weights)),
-    "as bad as can be": lambda random, weights: numpy.where(weights > 0, 1022, 1),
+    "as high as can be": lambda random, weights: numpy.where(weights > 0, 1022, 1),
+    "as low as can be": lambda random, weights: numpy.where(weights < 0, 1022, 1),
+}
+WEIGHTS = {
+    "drawn": lambda step, size: weights(numpy.array([step]), numpy.arange(size), size),
+    # No draw is beyond 509, and a ring rises from 0 to that at most every second time.
+    "largest": lambda step, size: (
+        numpy.resize([-509, 509], size - size % 2).tolist() + [0] * (size % 2)
+    ),
+}
+COUNTS = {
+    "some": lambda random, size: random.integers(0, 2, size),
+    "none": lambda random, size: numpy.zeros(size, dtype=numpy.int64),
+    "all": lambda random, size: numpy.ones(size, dtype=numpy.int64),
 }
 
 
-@settings(deadline=None, max_examples=40)
+def heard(step: int, size: int) -> Integers:
+    """1 for the ranks whose wish rides in this step."""
+    return numpy.array([is_heard(step, rank, size) for rank in range(size)], dtype=numpy.int64)
+
+
+def at_the_borders(test):
+    """The worst sums, in groups of all sizes at which something changes."""
+    for size in (*BORDERS, MAX_RANKS):
+        for print_kind in ("as high as can be", "as low as can be"):
+            kinds = {"print_kind": print_kind, "weight_kind": "largest"}
+            test = example(size=size, step=0, **kinds, bad_kind="all", wish_kind="all", seed=0)(
+                test
+            )
+    return test
+
+
+@settings(deadline=None, max_examples=30)
 @given(
     size=st.integers(2, MAX_RANKS),
     step=st.integers(0, 10**6),
-    kind=st.sampled_from(sorted(FINGERPRINTS)),
+    print_kind=st.sampled_from(sorted(FINGERPRINTS)),
+    weight_kind=st.sampled_from(sorted(WEIGHTS)),
+    bad_kind=st.sampled_from(sorted(COUNTS)),
+    wish_kind=st.sampled_from(sorted(COUNTS)),
     seed=st.integers(0, 2**32),
 )
-@example(size=MAX_RANKS, step=0, kind="as bad as can be", seed=0)
-@example(size=MAX_RANKS, step=0, kind="alike", seed=0)
-def test_every_partial_sum_is_exact_in_every_order(size, step, kind, seed):
+@at_the_borders
+def test_every_partial_sum_is_exact_in_every_order(
+    size, step, print_kind, weight_kind, bad_kind, wish_kind, seed
+):
     """Rings, trees and switches add in orders of their own, and rank by rank in none of them."""
     random = numpy.random.default_rng(seed)
-    mine = weights(numpy.array([step]), numpy.arange(size), size)
-    bad = random.integers(0, 2, size)
-    terms = mine * FINGERPRINTS[kind](random, mine) * 2**18 + bad
+    units = units_of(size)
+    mine = numpy.array(WEIGHTS[weight_kind](step, size))
+    bad = COUNTS[bad_kind](random, size)
+    wishes = COUNTS[wish_kind](random, size) * heard(step, size)
+    terms = mine * FINGERPRINTS[print_kind](random, mine) * units.call + bad + wishes * units.wish
 
     # No set of ranks has a sum beyond these two, so none is rounded, whoever adds it up.
     assert terms[terms > 0].sum() < 2**53
@@ -77,17 +125,65 @@ def test_every_partial_sum_is_exact_in_every_order(size, step, kind, seed):
         while len(level) > 1:  # a tree
             level = numpy.append(level, [0.0] * (len(level) % 2)).reshape(-1, 2).sum(1)
         assert level[0] == total
-    if kind == "alike":
-        assert total == bad.sum()
+    assert total % units.call == bad.sum() + wishes.sum() * units.wish
+    if print_kind == "alike":
+        assert 0 <= total < units.call
 
 
-@pytest.mark.parametrize("num_bad", [0, 1, MAX_RANKS - 1, MAX_RANKS])
-def test_the_bad_ranks_of_the_largest_group_are_counted(num_bad):
-    mine = weights(numpy.array([3]), numpy.arange(MAX_RANKS), MAX_RANKS)
-    count = float((mine * 1022 * 2**18).sum() + num_bad)
-    agreement = unpack(torch.tensor([count, 0.0], dtype=torch.float64), normed=False)
+@pytest.mark.parametrize("size", [*BORDERS, 16_384, MAX_RANKS])
+@pytest.mark.parametrize("on_host", [True, False])
+def test_what_is_counted_is_read_again(size, on_host, monkeypatch):
+    """Bad ranks and wishes, from none to all there may be, beside any drift that can be summed."""
+    monkeypatch.setattr("shardscale.verdict._is_on_host", lambda tensor: on_host)
+    units = units_of(size)
+    num_heard = units.call // units.wish - 1
+    drifts = {0, 1, -1, 2**53 // units.call - 1, 1 - 2**53 // units.call}
+    for num_bad in {0, 1, size}:
+        for num_wishes in {0, 1, num_heard}:
+            for drift in drifts:
+                total = num_bad + num_wishes * units.wish + drift * units.call
+                assert abs(total) < 2**53
+                words = torch.tensor([total, 0.0], dtype=torch.float64)
+                flags = unpack(words, False, size).flags.tolist()
+                found = num_bad > 0 or drift != 0
+                assert flags == [found, drift != 0, False, num_wishes > 0], (num_bad, num_wishes)
 
-    assert agreement.flags.tolist() == [float(num_bad > 0), 0.0, 0.0]
+
+# --- Wishes: whose is heard. ----------------------------------------------------------------------
+
+
+def test_the_bounds_that_the_documentation_states_are_the_largest():
+    """By the sum itself: the rises of a ring, all of 509, times 1022, and below one unit more."""
+
+    def fits(size, num_wishes):
+        of_one_call = (size + 1) * (num_wishes + 1)
+        return (size // 2 * 509 * 1022 + 1) * of_one_call - 1 < 2**53
+
+    assert max(size for size in range(1, 5_000) if fits(size, size)) == ALL_HEARD
+    assert max(size for size in range(100_000, MAX_RANKS + 1) if fits(size, 2)) == SOME_HEARD
+    assert fits(MAX_RANKS, 1)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 64, ALL_HEARD])
+def test_up_to_3259_ranks_every_wish_is_heard_in_every_step(size):
+    for step in range(3):
+        assert heard(step, size).all()
+
+
+@pytest.mark.parametrize(("size", "turns"), [(3_260, 2), (4_105, 2), (4_106, 3), (8_192, 16)])
+def test_in_larger_groups_rank_0_is_heard_and_the_others_take_turns(size, turns):
+    room = units_of(size).call // units_of(size).wish - 1
+    rounds = numpy.array([heard(step, size) for step in range(7, 7 + turns)])
+
+    assert (rounds[:, 0] == 1).all()
+    assert (rounds[:, 1:].sum(0) == 1).all()
+    assert (rounds.sum(1) <= room).all()
+
+
+@pytest.mark.parametrize("size", [SOME_HEARD + 1, MAX_RANKS])
+def test_in_the_largest_groups_rank_0_alone_is_heard(size):
+    for step in range(2):
+        assert heard(step, size).nonzero()[0].tolist() == [0]
 
 
 # --- Misses: ranks that drifted alike, and whose differences cancel in the sum. -------------------
