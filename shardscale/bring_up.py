@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+from collections.abc import Mapping
 
 import torch
 import torch.distributed as dist
@@ -17,7 +18,7 @@ from shardscale.comm.patience import within
 from shardscale.comm.rendezvous import meet
 from shardscale.errors import ConfigError, MissingRankError, StageError
 
-__all__ = ["init_distributed"]
+__all__ = ["come_together", "connect", "init_distributed"]
 
 logger = logging.getLogger(__name__)
 
@@ -72,13 +73,36 @@ def init_distributed(backend: str | None = None, *, timeout_s: float | None = No
     if patience_s <= 0:
         raise ConfigError(f"timeout_s is {timeout_s}, but must be greater than 0, or None for 300.")
     environ = {name: value for name, value in os.environ.items() if _ours.get(name) != value}
-    env, store = meet(resolve(environ), environ, patience_s)
-    gpu = _own_gpu(env) if backend is None else ""
-    store, common = _assemble(env, store, gpu, patience_s)
-    _connect(env, store, backend or common, patience_s)
+    env, store, backend = come_together(environ, backend, patience_s)
+    connect(env, store, backend, patience_s)
     _publish(env)
     logger.info("%s", env)
     return env
+
+
+def come_together(
+    environ: Mapping[str, str], backend: str | None, patience_s: float
+) -> tuple[RankEnv, Store, str]:
+    """Meet all the other ranks of the job; nothing of torch's is set up yet.
+
+    Args:
+        environ: Such as ``os.environ``.
+        backend: None: to be agreed on.
+        patience_s: How long to wait for the others.
+
+    Returns:
+        This rank's place, a store that this life of the job has to itself, and the backend.
+
+    Raises:
+        ConfigError: The environment is not one to start in.
+        MissingRankError: Not all came; names those who did not.
+
+    Collective: every rank of the job must call.
+    """
+    env, store = meet(resolve(environ), environ, patience_s)
+    gpu = _own_gpu(env) if backend is None else ""
+    store, common = _assemble(env, store, gpu, patience_s)
+    return env, store, backend or common
 
 
 def _own_gpu(env: RankEnv) -> str:
@@ -106,8 +130,14 @@ def _assemble(env: RankEnv, store: Store, gpu: str, patience_s: float) -> tuple[
         ) from error
 
 
-def _connect(env: RankEnv, store: Store, backend: str, patience_s: float) -> None:
-    """Make the group; the ranks are all there, but may not get through to each other."""
+def connect(env: RankEnv, store: Store, backend: str, patience_s: float) -> None:
+    """Make the group; the ranks are all there, but may not get through to each other.
+
+    Raises:
+        MissingRankError: They did not.
+
+    Collective: every rank of the job must call.
+    """
     if "nccl" in backend:
         torch.cuda.set_device(env.local_rank % max(1, torch.cuda.device_count()))
     # As torch does with a store of its own.
