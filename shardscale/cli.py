@@ -15,6 +15,11 @@ __all__ = ["main"]
 
 def main() -> None:
     """Run the command line; the process ends with its exit code."""
+    if sys.argv[1:2] == ["doctor"]:
+        # It must work where the extras are not installed, so it is no command of typer's.
+        from shardscale.doctor.command import main as examine
+
+        examine(sys.argv[2:])
     missing = [name for name in ("rich", "sklearn", "typer") if find_spec(name) is None]
     if missing:
         print(
@@ -41,6 +46,7 @@ def _make_app() -> "typer.Typer":
         no_args_is_help=True,
         pretty_exceptions_enable=False,
         rich_markup_mode="markdown",
+        epilog="`shardscale doctor` examines a job: start it as you start your training.",
     )
 
     def show_version(wanted: bool) -> None:

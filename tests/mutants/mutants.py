@@ -61,6 +61,8 @@ _STOPPED = f"{_STOP}::test_all_ranks_stop_at_the_same_step_and_train_as_without_
 _SIGNAL = "tests/unit/test_preemption.py"
 _LEDGER = "tests/unit/test_ledger.py"
 _EXPORTS = "tests/repo/test_exports.py"
+_DOCTOR = "tests/doctor/test_on_ranks.py"
+_JUDGING = "tests/doctor/test_judging.py"
 
 MUTANTS = [
     Mutant(
@@ -1153,5 +1155,37 @@ MUTANTS = [
             f"{_SIGNAL}::test_a_scaler_that_is_alone_gives_its_own_wish_at_once",
             f"{_STOP}::test_what_a_rank_wished_alone_does_not_stop_it_in_a_group_made_later",
         ),
+    ),
+    Mutant(
+        "the doctor is always well",
+        "shardscale/doctor/report.py",
+        "return self.failures[0].code if self.failures else Code.WELL",
+        "return Code.WELL",
+        (
+            f"{_DOCTOR}::test_a_broken_scaler_of_ours_is_a_failure",
+            "tests/doctor/test_command.py"
+            "::test_a_wrong_environment_is_one_sentence_and_its_own_exit_code",
+        ),
+    ),
+    Mutant(
+        "the doctor looks at what rank 0 saw alone",
+        "shardscale/doctor/checks.py",
+        "if all(saw == check.right for saw in seen.values()):",
+        "if seen[0] == check.right:",
+        (f"{_JUDGING}::test_one_rank_that_is_wrong_fails_our_check_wherever_it_is[2]",),
+    ),
+    Mutant(
+        "the doctor goes on without a rank",
+        "shardscale/doctor/rounds.py",
+        """silent = {rank: "did not answer" for rank in ranks if rank not in heard}""",
+        "silent: dict[int, str] = {}",
+        (f"{_DOCTOR}::test_a_rank_that_dies_is_named_with_its_host",),
+    ),
+    Mutant(
+        "the doctor waits for whatever is stuck",
+        "shardscale/doctor/rounds.py",
+        "found = within(part.limit_s, part.look)",
+        "found = part.look()",
+        (f"{_DOCTOR}::test_an_all_reduce_that_hangs_is_a_failure",),
     ),
 ]

@@ -60,6 +60,8 @@ FLOORS = {
     "testing": 4,
     "demo": 4,
     "cli": 4,
+    "doctor": 4,
+    "__main__": 4,
 }
 # The floors on which one unit may import another.
 OPEN_FLOORS = {0, 3, 4}
@@ -86,7 +88,10 @@ PROGRAMS = (
 # The demo, and the programs that start it in another way.
 RUN_THE_DEMO = ("shardscale/demo/", "shardscale/cli.py", "launch/")
 # Program -> what it may import besides, because that is what it is about.
-ABOUT = {"benchmarks/ahead_of_time.py": {"shardscale.kernels.triton"}}
+ABOUT = {
+    "benchmarks/ahead_of_time.py": {"shardscale.kernels.triton"},
+    "shardscale/cli.py": {"shardscale.doctor.command"},
+}
 PUBLIC_MODULES = {
     "shardscale",
     "shardscale.checkpoint",
