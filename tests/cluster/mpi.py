@@ -7,13 +7,14 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 import venv
 from pathlib import Path
 from typing import NamedTuple
 
 from tests.cluster.processes import end_all, left, new_mark
 
-__all__ = ["KINDS", "Ended", "MPIJob", "python_with"]
+__all__ = ["KINDS", "Ended", "MPIJob", "environment", "python_with"]
 
 REPOSITORY = Path(__file__).parents[2]
 PACKAGES = {
@@ -34,6 +35,7 @@ class Ended(NamedTuple):
 
     code: int
     output: str
+    at_s: float  # on the clock of time.monotonic()
     left: dict[int, str]  # command lines, by pid, of processes that it left behind; killed since
 
 
@@ -72,6 +74,7 @@ class MPIJob:
             code = self._process.wait(limit_s)
         except subprocess.TimeoutExpired:
             code = None
+        at_s = time.monotonic()
         behind = left(self._mark, 0.0 if code is None else grace_s)
         end_all(self._mark)
         self._process.wait()
@@ -80,7 +83,7 @@ class MPIJob:
             output = self._output.read().decode(errors="replace")
         if code is None:
             raise TimeoutError(f"still running after {limit_s} s: {behind}\n{output}")
-        return Ended(code, output, behind)
+        return Ended(code, output, at_s, behind)
 
 
 def environment() -> dict[str, str]:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import os
+import subprocess
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +19,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from tests.cluster.mpi import KINDS, MPIJob
+from tests.cluster.mpi import KINDS, MPIJob, environment, python_with
 from tests.comm_contract import check_contract
 
 SIZES = (2, 3, 4)
@@ -183,6 +185,60 @@ def test_what_is_no_communicator_to_agree_in_is_refused(kind: str, size: int):
     assert error == "ConfigError"
     assert f"rank {size - 1} of MPI.COMM_WORLD" in message
     assert "MPI.COMM_NULL" in message
+
+
+# Each in a fork of one process, which has imported all but MPI.
+_UNUSABLE = """
+import os, mpi4py
+import shardscale.comm
+
+def told(prepare, **environ):
+    if os.fork():
+        assert os.wait()[1] == 0
+        return
+    os.environ.update(environ)
+    prepare()
+    from mpi4py import MPI
+    if prepare is finalize:
+        MPI.Finalize()
+    try:
+        shardscale.comm.MPIComm(MPI.COMM_WORLD)
+    except shardscale.ConfigError as error:
+        print(error, flush=True)
+    os._exit(0)
+
+def leave():
+    mpi4py.rc.initialize = False
+
+def finalize():
+    pass
+
+def serialize():
+    mpi4py.rc.thread_level = "serialized"
+
+told(leave)
+told(finalize)
+told(serialize)
+told(dict, SLURM_STEP_NUM_TASKS="4")
+"""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_mpi_that_cannot_be_used_is_refused_in_a_sentence(kind: str):
+    done = subprocess.run(
+        [python_with(kind), "-c", _UNUSABLE],
+        env={**os.environ, **environment()},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    left_out, finalized, serialized, alone = done.stdout.splitlines()
+    assert "MPI is not initialized" in left_out
+    assert "MPI is finalized already" in finalized
+    assert "Query_thread()" in serialized and "THREAD_MULTIPLE" in serialized
+    assert "SLURM_STEP_NUM_TASKS is 4" in alone
+    assert "4 worlds of 1" in alone and "--mpi=pmi2" in alone
 
 
 # ----------------------------------------------------------------------------- who does not come

@@ -1,0 +1,116 @@
+"""What MPI communicators do within one process, and where there is no MPI."""
+
+from __future__ import annotations
+
+import builtins
+
+import pytest
+import torch
+
+from shardscale import ShardedGradScaler
+from shardscale.comm import Bond, MPIComm, Solo
+from shardscale.comm.base import FIRST_TIMEOUT_S, Timed
+from shardscale.comm.mpi_checks import require_one_world
+from shardscale.comm.mpi_talk import wait
+from shardscale.errors import ConfigError, StageError
+
+
+@pytest.mark.parametrize("error", [ImportError("No module"), RuntimeError("cannot load libmpi")])
+def test_without_mpi_the_error_names_what_to_install(error, monkeypatch):
+    """mpi4py raises RuntimeError where it is installed and finds no library."""
+
+    def fail(name, *args):
+        if name == "mpi4py":
+            raise error
+        return import_(name, *args)
+
+    import_ = builtins.__import__
+    monkeypatch.setattr(builtins, "__import__", fail)
+    with pytest.raises(ConfigError, match=r"pip install 'shardscale\[mpi\]'") as caught:
+        MPIComm(None)
+    assert str(error) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("environ", "cure"),
+    [
+        ({"SLURM_STEP_NUM_TASKS": "4"}, "srun --mpi=pmi2"),
+        ({"PMI_SIZE": "4"}, "mpirun of the MPI that mpi4py uses"),
+        ({"OMPI_COMM_WORLD_SIZE": "4", "SLURM_STEP_NUM_TASKS": "2"}, "mpirun of the MPI"),
+    ],
+)
+def test_many_worlds_of_one_rank_are_refused(environ, cure):
+    with pytest.raises(ConfigError, match="4 worlds of 1") as caught:
+        require_one_world(environ, 1, "MPICH")
+    assert next(iter(environ)) in str(caught.value)
+    assert cure in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("environ", "world_size"),
+    [
+        ({}, 1),
+        ({"PMI_SIZE": "1"}, 1),
+        ({"SLURM_NTASKS": "4"}, 1),  # of the job: mpirun was asked for fewer
+        ({"SLURM_STEP_NUM_TASKS": "2"}, 4),  # of mpirun's daemons
+        ({"PMI_SIZE": ""}, 1),
+    ],
+)
+def test_one_world_is_right(environ, world_size):
+    require_one_world(environ, world_size, "MPICH")
+
+
+def test_what_is_done_is_done_however_late_it_is_asked():
+    """As for a process that was stopped for longer than the timeout."""
+    assert wait(lambda: True, lambda: True, 0.0)
+
+
+def test_waiting_ends_with_the_time_or_with_hope():
+    assert not wait(lambda: False, lambda: False, 0.01)
+    assert not wait(lambda: False, lambda: True, 60.0)
+
+
+class Clock(Solo):
+    """A group of one that can be told how long to wait."""
+
+    def __init__(self, timeout_s: float | None = None) -> None:
+        self.timeout_s = timeout_s
+
+    def within(self, timeout_s: float) -> Clock:
+        return Clock(timeout_s)
+
+
+def patience(scaler_s: float | None, comm_s: float | None) -> tuple[float | None, float | None]:
+    """How long a scaler waits for a verdict, and where it joins only to raise an error."""
+    bond = Bond(comm=Clock(comm_s), timeout_s=scaler_s)
+    usual, impatient = bond.communicator(), bond.impatient()
+    assert isinstance(usual, Timed) and isinstance(impatient, Timed)
+    return usual.timeout_s, impatient.timeout_s
+
+
+def test_the_scalers_time_comes_before_its_communicators():
+    assert patience(3.0, 5.0) == (3.0, 3.0)
+    assert patience(None, 5.0) == (5.0, 5.0)
+    assert patience(3.0, None) == (3.0, 3.0)
+    assert patience(None, None) == (None, FIRST_TIMEOUT_S)
+
+
+def test_a_communicator_that_knows_no_time_keeps_its_own():
+    bond = Bond(comm=(comm := Solo()), timeout_s=3.0)
+    assert bond.communicator() is bond.impatient() is comm
+
+
+def test_views_of_one_communicator_are_one_group():
+    """Scalers are counted by group; a second with a patience of its own is the second."""
+    comm = Clock()
+    assert [Bond(comm=comm, timeout_s=t).ordinal for t in (None, 3.0, 4.0)] == [0, 1, 2]
+    assert Bond(comm=comm, timeout_s=3.0).twin().communicator().timeout_s == 3.0
+
+
+def test_a_scaler_over_a_communicator_has_lost_it_in_a_pickle():
+    import pickle
+
+    scaler = pickle.loads(pickle.dumps(ShardedGradScaler("cpu", comm=Clock(), timeout_s=3.0)))
+    scaler.scale(torch.ones(()))
+    with pytest.raises(StageError, match="unpickled"):
+        scaler.step(())
