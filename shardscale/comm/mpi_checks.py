@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 
+from shardscale.comm.env import check_mpi_size
 from shardscale.errors import ConfigError
 
 __all__ = ["require_usable"]
@@ -54,34 +54,4 @@ def require_usable(comm: object) -> None:
             f"({MPI.THREAD_MULTIPLE}). Leave mpi4py.rc.threads and mpi4py.rc.thread_level as they "
             "are; if an older library initializes MPI, have it call Init_thread so."
         )
-    require_one_world(os.environ, MPI.COMM_WORLD.Get_size(), MPI.get_vendor()[0])
-
-
-def require_one_world(environ: Mapping[str, str], world_size: int, vendor: str) -> None:
-    """That the processes that were started together found each other.
-
-    Args:
-        environ: What the launcher said.
-        world_size: The size of ``MPI.COMM_WORLD``.
-        vendor: Whose MPI it is.
-
-    Raises:
-        ConfigError: each of them is a world of its own; names the variable and what to do.
-    """
-    for name, cure in _SIZES.items():
-        declared = environ.get(name, "")
-        if world_size == 1 and declared.isdecimal() and int(declared) > 1:
-            raise ConfigError(
-                f"{name} is {declared}, but MPI.COMM_WORLD of {vendor} has one rank: these are "
-                f"{declared} worlds of 1, and each would decide alone. {cure}"
-            )
-
-
-_MPIRUN = "Start them with the mpirun of the MPI that mpi4py uses."
-# Variable that tells how many processes were started together -> the cure. A launcher under Slurm
-# sets its own for the ranks, and Slurm's are then about its daemons: so these come first.
-_SIZES = {
-    "OMPI_COMM_WORLD_SIZE": _MPIRUN,
-    "PMI_SIZE": _MPIRUN,
-    "SLURM_STEP_NUM_TASKS": "Start them with srun --mpi=pmi2 (MPICH) or --mpi=pmix (Open MPI).",
-}
+    check_mpi_size(os.environ, MPI.COMM_WORLD.Get_size(), MPI.Get_library_version())

@@ -12,7 +12,6 @@ import math
 import pickle
 import statistics
 import sys
-import tempfile
 import threading
 import time
 import traceback
@@ -24,7 +23,7 @@ import torch
 import torch.distributed as dist
 from mpi4py import MPI
 
-from shardscale import ShardedGradScaler, distinct
+from shardscale import ShardedGradScaler, distinct, init_distributed
 from shardscale.comm import MPIComm, mpi_talk
 from tests.comm_contract import keep_contract
 from tests.ranks.rank import outcome
@@ -43,7 +42,7 @@ def contract(world: MPI.Intracomm) -> Any:
 # ------------------------------------------------------------------------------------- the scaler
 
 
-def make(comm: MPIComm, dtype=torch.float32, numel=3, **options):
+def make(comm: MPIComm | None, dtype=torch.float32, numel=3, **options):
     parameter = torch.nn.Parameter(torch.ones(numel, dtype=dtype))
     optimizer = torch.optim.SGD([parameter], lr=0.5)
     return parameter, optimizer, ShardedGradScaler("cpu", init_scale=8.0, comm=comm, **options)
@@ -283,6 +282,23 @@ def large_objects(world: MPI.Intracomm) -> Any:
     return [len(text) for text in gathered]
 
 
+def bring_up(world: MPI.Intracomm) -> Any:
+    """torch.distributed with what mpirun tells, and both ways of agreeing beside each other."""
+    env = init_distributed(timeout_s=PATIENCE_S)
+    ranks = torch.tensor([float(env.rank)])
+    dist.all_reduce(ranks)
+    over_gloo, over_mpi = make(None), make(MPIComm(world))
+    for job in (over_gloo, over_mpi):
+        iterate(*job, math.nan if world.rank == 0 else 1.0)
+    dist.destroy_process_group()
+    return {
+        "rank": (env.rank, env.world_size, world.rank),
+        "source": env.source,
+        "sum": ranks.item(),
+        "scales": [scaler.get_scale() for _, _, scaler in (over_gloo, over_mpi)],
+    }
+
+
 # ----------------------------------------------------------------------------- what is refused
 
 
@@ -309,8 +325,7 @@ def beside_gloo(world: MPI.Intracomm) -> Any:
     A rank that has to wait in the last call over one of them comes late to the first over the
     other: in a block that is one of many.
     """
-    file = world.bcast(tempfile.mktemp())
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=world.rank, world_size=2)
+    init_distributed("gloo", timeout_s=PATIENCE_S)
     scalers = [ShardedGradScaler("cpu", comm=comm) for comm in (MPIComm(world), None)]
     taken: list[list[float]] = [[], []]
     for _ in range(NUM_BLOCKS):
@@ -338,6 +353,7 @@ CASES: list[Callable[[MPI.Intracomm], Any]] = [
     other_traffic,
     gather_on_a_thread,
     large_objects,
+    bring_up,
     refused,
 ]
 # On one number of ranks only.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import pickle
 
 import pytest
 import torch
@@ -10,7 +11,6 @@ import torch
 from shardscale import ShardedGradScaler
 from shardscale.comm import Bond, MPIComm, Solo
 from shardscale.comm.base import FIRST_TIMEOUT_S, Timed
-from shardscale.comm.mpi_checks import require_one_world
 from shardscale.comm.mpi_talk import wait
 from shardscale.errors import ConfigError, StageError
 
@@ -29,35 +29,6 @@ def test_without_mpi_the_error_names_what_to_install(error, monkeypatch):
     with pytest.raises(ConfigError, match=r"pip install 'shardscale\[mpi\]'") as caught:
         MPIComm(None)
     assert str(error) in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("environ", "cure"),
-    [
-        ({"SLURM_STEP_NUM_TASKS": "4"}, "srun --mpi=pmi2"),
-        ({"PMI_SIZE": "4"}, "mpirun of the MPI that mpi4py uses"),
-        ({"OMPI_COMM_WORLD_SIZE": "4", "SLURM_STEP_NUM_TASKS": "2"}, "mpirun of the MPI"),
-    ],
-)
-def test_many_worlds_of_one_rank_are_refused(environ, cure):
-    with pytest.raises(ConfigError, match="4 worlds of 1") as caught:
-        require_one_world(environ, 1, "MPICH")
-    assert next(iter(environ)) in str(caught.value)
-    assert cure in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("environ", "world_size"),
-    [
-        ({}, 1),
-        ({"PMI_SIZE": "1"}, 1),
-        ({"SLURM_NTASKS": "4"}, 1),  # of the job: mpirun was asked for fewer
-        ({"SLURM_STEP_NUM_TASKS": "2"}, 4),  # of mpirun's daemons
-        ({"PMI_SIZE": ""}, 1),
-    ],
-)
-def test_one_world_is_right(environ, world_size):
-    require_one_world(environ, world_size, "MPICH")
 
 
 def test_what_is_done_is_done_however_late_it_is_asked():
@@ -108,8 +79,6 @@ def test_views_of_one_communicator_are_one_group():
 
 
 def test_a_scaler_over_a_communicator_has_lost_it_in_a_pickle():
-    import pickle
-
     scaler = pickle.loads(pickle.dumps(ShardedGradScaler("cpu", comm=Clock(), timeout_s=3.0)))
     scaler.scale(torch.ones(()))
     with pytest.raises(StageError, match="unpickled"):
