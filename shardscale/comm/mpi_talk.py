@@ -15,7 +15,7 @@ __all__ = ["Talk", "keep_for_ever", "say_ranks", "wait"]
 
 # Ranks that wait look for messages every millisecond; the rest is for a machine under load.
 _GRACE_S = 2.0
-_SPIN_S = 50e-6  # several times what a verdict takes where all ranks are there
+_SPIN_S = 30e-6  # several times what a verdict takes where all ranks are there
 _LONGEST_NAP_S = 1e-3
 
 

@@ -240,7 +240,7 @@ def not_made_by_all(world: MPI.Intracomm) -> Any:
 
 def other_traffic(world: MPI.Intracomm) -> Any:
     """A collective and a message of the program are under way, and take nothing of ours."""
-    comm = MPIComm(world)
+    comm = MPIComm(world, PATIENCE_S)
     told, summed = torch.zeros(1), torch.full((1,), float(world.rank))
     listening = world.Irecv(told, MPI.ANY_SOURCE, MPI.ANY_TAG)
     summing = world.Iallreduce(MPI.IN_PLACE, summed)

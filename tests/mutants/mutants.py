@@ -64,6 +64,9 @@ _EXPORTS = "tests/repo/test_exports.py"
 _DOCTOR = "tests/doctor/test_on_ranks.py"
 _JUDGING = "tests/doctor/test_judging.py"
 
+_MPI = "tests/cluster/test_mpi.py"
+_OVER_MPI = f"{_MPI}::test_mpi_keeps_the_contract[mpich-2]"
+
 MUTANTS = [
     Mutant(
         "the verdict is local",
@@ -1155,6 +1158,100 @@ MUTANTS = [
             f"{_SIGNAL}::test_a_scaler_that_is_alone_gives_its_own_wish_at_once",
             f"{_STOP}::test_what_a_rank_wished_alone_does_not_stop_it_in_a_group_made_later",
         ),
+        "over MPI each rank keeps its own numbers",
+        "shardscale/comm/mpi.py",
+        "np.add.accumulate(rows)[-1]",
+        "rows[self.rank]",
+        (_OVER_MPI, f"{_MPI}::test_all_ranks_skip_when_one_has_nan[openmpi-3]"),
+    ),
+    Mutant(
+        "over MPI each rank adds from its own number on",
+        "shardscale/comm/mpi.py",
+        "np.add.accumulate(rows)[-1]",
+        "np.add.accumulate(np.roll(rows, -self.rank, axis=0))[-1]",
+        (f"{_MPI}::test_mpi_keeps_the_contract[mpich-3]",),
+    ),
+    Mutant(
+        "over MPI the largest number is taken",
+        "shardscale/comm/mpi.py",
+        "np.add.accumulate(rows)[-1]",
+        "rows.max(axis=0)",
+        (_OVER_MPI,),
+    ),
+    Mutant(
+        "over MPI no time is too long",
+        "shardscale/comm/mpi_talk.py",
+        "waited >= timeout_s or is_hopeless()",
+        "is_hopeless()",
+        ("tests/unit/test_mpi.py::test_waiting_ends_with_the_time_or_with_hope",),
+    ),
+    Mutant(
+        "over MPI a broken communicator goes on",
+        "shardscale/comm/mpi_line.py",
+        "        if self._why_broken:\n            raise",
+        "        if not self:\n            raise",
+        (
+            f"{_MPI}::test_after_that_every_verdict_raises_at_once_and_objects_are_still_gathered[mpich-3]",
+        ),
+    ),
+    Mutant(
+        "over MPI a rank that comes too late takes what it finds",
+        "shardscale/comm/mpi_line.py",
+        """\
+        if gone := self.talk.gave_up(at):
+            return""",
+        """\
+        if (gone := self.talk.gave_up(at)) and not is_done:
+            return""",
+        (f"{_MPI}::test_who_does_not_come_is_named_with_host_and_last_verdict[mpich-3]",),
+    ),
+    Mutant(
+        "over MPI the patient do not hear who has given up",
+        "shardscale/comm/mpi_line.py",
+        "bool(self.talk.gave_up(at) or self.talk.elsewhere(at))",
+        "bool(self.talk.elsewhere(at))",
+        (f"{_MPI}::test_the_patient_give_up_soon_after_the_impatient[mpich-3]",),
+    ),
+    Mutant(
+        "over MPI those who wait do not hear of a disagreement",
+        "shardscale/comm/mpi_line.py",
+        "bool(self.talk.gave_up(at) or self.talk.elsewhere(at))",
+        "bool(self.talk.gave_up(at))",
+        (
+            f"{_MPI}::test_a_rank_that_waits_hears_of_a_disagreement_that_others_have_read"
+            "[openmpi-2]",
+        ),
+    ),
+    Mutant(
+        "over MPI the ranks talk beside the program's own messages",
+        "shardscale/comm/mpi_line.py",
+        "        self.talk = Talk(self._comm, _TAG)",
+        "        self.talk = Talk(comm, _TAG)",
+        (f"{_MPI}::test_nothing_mixes_with_other_traffic_of_the_program[mpich-2]",),
+    ),
+    Mutant(
+        "a communicator is not told how long the scaler waits",
+        "shardscale/comm/bond.py",
+        "self._timed = comm.within(timeout_s)",
+        "self._timed = comm",
+        ("tests/unit/test_mpi.py::test_the_scalers_time_comes_before_its_communicators",),
+    ),
+    Mutant(
+        "each view of a communicator is a group of its own",
+        "shardscale/comm/bond.py",
+        "return self._comm or (",
+        "return self._timed or (",
+        (
+            "tests/unit/test_mpi.py::test_views_of_one_communicator_are_one_group",
+            f"{_MPI}::test_scalers_of_one_communicator_are_told_apart[mpich-2]",
+        ),
+    ),
+    Mutant(
+        "several worlds of one rank agree over MPI",
+        "shardscale/comm/mpi_checks.py",
+        "    check_mpi_size(os.environ, MPI.COMM_WORLD.Get_size(), MPI.Get_library_version())\n",
+        "",
+        (f"{_MPI}::test_an_mpi_that_cannot_be_used_is_refused_in_a_sentence[mpich]",),
     ),
     Mutant(
         "the doctor is always well",
