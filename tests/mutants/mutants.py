@@ -1158,6 +1158,8 @@ MUTANTS = [
             f"{_SIGNAL}::test_a_scaler_that_is_alone_gives_its_own_wish_at_once",
             f"{_STOP}::test_what_a_rank_wished_alone_does_not_stop_it_in_a_group_made_later",
         ),
+    ),
+    Mutant(
         "over MPI each rank keeps its own numbers",
         "shardscale/comm/mpi.py",
         "np.add.accumulate(rows)[-1]",
