@@ -1,7 +1,7 @@
 # Every target prepares .venv first (tools/venv.sh) and does so only once.
 .DEFAULT_GOAL := help
 .NOTPARALLEL:                 # two targets must not install into .venv at the same time
-.PHONY: help demo test lint types docs bench wheel kernels-full mutants support clean
+.PHONY: help demo test lint types docs bench wheel kernels-full mutants faults support clean
 .PHONY: env-demo env-test env-docs env-bench
 
 python := .venv/bin/python
@@ -42,6 +42,9 @@ kernels-full: env-test  ## the whole grid of the GPU kernels, interpreted and co
 
 mutants: env-test  ## break the library on purpose, line by line, and see that a test fails
 	@$(python) tests/mutants/run.py
+
+faults: env-test  ## break jobs on purpose and write the fault matrix into docs/faults.md
+	@FAULT_MATRIX=docs/faults.md $(python) -m pytest tests/cluster
 
 support: env-test  ## run the tests of parallelisms and write docs/support.md from their results
 	@$(python) tests/ranks/support.py

@@ -5,6 +5,7 @@ A fault is written ``kind:rank:step``. What the kinds do to that rank at that st
 =============  =====================================================================
 nan            one element of its gradient becomes NaN
 slow           it comes to the verdict 1.5 s late
+hold           it does not come to the verdict before the folder holds a file called go
 raise          it raises instead of coming to the verdict
 stop           SIGSTOP instead of coming to the verdict; whoever watches may continue it
 kill-before    SIGKILL instead of coming to the verdict
@@ -80,6 +81,10 @@ class Faults:
         for fault in self._due("slow"):
             self._note(fault)
             time.sleep(SLOW_S)
+        for fault in self._due("hold"):
+            self._note(fault)
+            while not (self._folder / "go").exists():
+                time.sleep(0.01)
         for fault in self._due("raise"):
             self._note(fault)
             raise ValueError(f"planted: {fault}")

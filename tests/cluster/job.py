@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import time
 from collections.abc import Sequence
-from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,12 +23,13 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler as TorchScaler
 
-from shardscale import Communicator, ShardedGradScaler
+from launch import checkpoints
+from shardscale import Communicator, ShardedGradScaler, init_distributed
 from shardscale.comm import ProcessGroupComm, Solo
 from tests.cluster.faults import Address, Faults
-from tests.cluster.logs import RankLog, digest
+from tests.cluster.logs import Entry, RankLog, digest, read
 
-__all__ = ["End", "end_of", "options", "run"]
+__all__ = ["End", "alone", "end_of", "options", "run"]
 
 
 class End(NamedTuple):
@@ -38,6 +39,15 @@ class End(NamedTuple):
     message: str
     at_s: float  # on the clock of time.monotonic(), which all processes of a host share
 
+    def missing(self) -> set[int] | None:
+        """The ranks that a MissingRankError names; None if it says that it cannot know them."""
+        assert self.error == "MissingRankError", self
+        if "the store does not answer" in self.message:
+            return None
+        found = re.search(r"Did not come: ranks? ([\d, ]+)\.", self.message)
+        assert found, self.message
+        return set(map(int, found[1].split(", ")))
+
 
 def options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
@@ -46,7 +56,9 @@ def options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", choices=["sgd", "adamw", "fsdp2"], default="sgd")
     parser.add_argument("--scaler", choices=["ours", "deaf", "torch"], default="ours")
     parser.add_argument("--timeout", type=float, default=3.0)
+    parser.add_argument("--checkpoints", type=Path)
     parser.add_argument("--fault", type=Address.parse, action="append", default=[])
+    parser.add_argument("--later-fault", type=Address.parse, action="append", default=[])
     return parser.parse_args(arguments)
 
 
@@ -67,6 +79,12 @@ def run(chosen: argparse.Namespace, rank: int, size: int, comm: Communicator | N
     _leave(chosen.folder, rank, End(None, "", time.monotonic()))
 
 
+def alone(folder: Path, *arguments: str) -> list[Entry]:
+    """What one rank writes, run here; the ranks of a job that decide alike write the same."""
+    run(options(["--folder", str(folder), *arguments]), 0, 1)
+    return read(folder, 0)[0]
+
+
 def end_of(folder: Path, rank: int) -> End | None:
     """How a rank ended; None if it could not say."""
     path = folder / f"rank{rank}.end"
@@ -82,7 +100,9 @@ def _train(chosen: argparse.Namespace, rank: int, size: int, comm: Communicator 
     scaler = _scaler(chosen, faults.through(comm, chosen.timeout))
     if dist.is_initialized():
         dist.barrier()  # the first verdict is not to wait for a slow import
-    for step in range(chosen.steps):
+    saved = chosen.checkpoints
+    first = checkpoints.load_newest(saved, model, optimizer, scaler) if saved else 0
+    for step in range(first, chosen.steps):
         before = digest(model.parameters())
         optimizer.zero_grad()
         scaler.scale(model(_batch(step)).square().mean()).backward()
@@ -94,6 +114,8 @@ def _train(chosen: argparse.Namespace, rank: int, size: int, comm: Communicator 
         after = digest(model.parameters())
         # Whether it was skipped is what the parameters say, not the scaler.
         log.write(step, skipped=before == after, scale=scaler.get_scale(), digest=after)
+        if saved:
+            checkpoints.save(saved, step + 1, model, optimizer, scaler)
 
 
 def _model(kind: str) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -139,7 +161,19 @@ def _leave(folder: Path, rank: int, end: End) -> None:
     (folder / f"rank{rank}.end").write_text(json.dumps(end))
 
 
-if __name__ == "__main__":
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-    run(options(), dist.get_rank(), dist.get_world_size())
+def main() -> None:
+    """Be one of the ranks that a launcher has started; each start of the job has a folder."""
+    chosen = options()
+    init_distributed("gloo")
+    number = [sum(1 for _ in chosen.folder.glob("run*"))]
+    dist.broadcast_object_list(number)  # as rank 0 has counted; torchrun's own counts may differ
+    chosen.folder /= f"run{number[0]}"
+    chosen.folder.mkdir(exist_ok=True)
+    if number[0] > 0:
+        chosen.fault = chosen.later_fault
+    run(chosen, dist.get_rank(), dist.get_world_size())
     dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -6,7 +6,6 @@ All jobs of this file are started together, because most of their time is waitin
 from __future__ import annotations
 
 import os
-import re
 import signal
 import time
 from pathlib import Path
@@ -114,17 +113,11 @@ def test_the_others_raise_in_time_and_share_one_history(crew: Crew, jobs, kind: 
 
 
 def named_by(end: End | None, model: str) -> set[int] | None:
-    """The ranks that an error says did not come; None if it could not know them, and says why."""
     assert end is not None
     if model == "fsdp2" and end.error == "RuntimeError":
         assert "Connection" in end.message  # by the transport, in a collective of the model
         return {HIT}
-    assert end.error == "MissingRankError"
-    if "the store does not answer" in end.message:
-        return None
-    found = re.search(r"Did not come: ranks? ([\d, ]+)\.", end.message)
-    assert found, end.message
-    return set(map(int, found[1].split(", ")))
+    return end.missing()
 
 
 def test_if_the_store_dies_with_its_host_the_others_say_so(crew: Crew, jobs):
@@ -136,9 +129,7 @@ def test_if_the_store_dies_with_its_host_the_others_say_so(crew: Crew, jobs):
         assert [each.code for each in ended] == [1, 1]
         assert compare(job.folder, SIZE, killed=[0]) == []
         for rank in (1, 2):
-            end = end_of(job.folder, rank)
-            assert end.error == "MissingRankError"
-            assert "the store does not answer" in end.message
+            assert end_of(job.folder, rank).missing() is None
         fault = struck(job.folder, Address("kill-before", 0, STEP))
         row.ended(max(each.at_s for each in ended) - fault.at_s, 1)
 
@@ -170,15 +161,15 @@ def assert_one_whole_history(job: Job, ended: list[Ended], model: str, skipped: 
     for rank in range(SIZE):
         entries, _ = read(job.folder, rank)
         assert [entry.step for entry in entries if entry.skipped] == skipped
-        assert [float.fromhex(entry.scale) for entry in entries] == scales(skipped)
+        assert [float.fromhex(entry.scale) for entry in entries] == scales_by_hand(skipped)
 
 
-def scales(skipped: list[int]) -> list[float]:
+def scales_by_hand(skipped: list[int]) -> list[float]:
     """The scale after each step: halved by a bad one, doubled by every third good one in a row."""
-    scale, num_good, found = 1024.0, 0, []
+    scale, num_good, scales = 1024.0, 0, []
     for step in range(NUM_STEPS):
         num_good = 0 if step in skipped else num_good + 1
         scale *= 0.5 if step in skipped else 2.0 if num_good == 3 else 1.0
         num_good %= 3
-        found.append(scale)
-    return found
+        scales.append(scale)
+    return scales

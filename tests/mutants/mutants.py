@@ -52,6 +52,9 @@ _COMPILE = "tests/compile/test_one_process.py"
 _DEVICES = "tests/ranks/test_devices.py"
 _FOLD = "tests/ranks/test_fold_clip.py"
 _NATIVE = "tests/unit/test_native.py"
+_PLAIN = "tests/cluster/test_plain_processes.py"
+_LOGS = "tests/cluster/test_logs.py"
+_BROKEN = "tests/cluster/test_broken_scalers.py::test_local_verdicts_do_not_pass_the_checker"
 _GRID = "tests/kernels/grid.py"
 _BITS = f"{_GRID}::test_unscale_gives_torchs_bits_and_the_references_flag"
 _NORMS = f"{_GRID}::test_the_sum_of_squares_is_the_float64_formulas"
@@ -83,6 +86,8 @@ MUTANTS = [
             f"{_SKIP}::test_all_ranks_skip_when_any_overflows[AdamW-2]",
             "tests/ranks/test_accumulation.py"
             "::test_an_overflow_that_no_collective_of_the_model_has_spread_is_skipped_by_all",
+            f"{_PLAIN}::test_the_others_raise_in_time_and_share_one_history",
+            f"{_PLAIN}::test_all_ranks_go_on_alike[nan]",
         ),
     ),
     Mutant(
@@ -1286,5 +1291,43 @@ MUTANTS = [
         "found = within(part.limit_s, part.look)",
         "found = part.look()",
         (f"{_DOCTOR}::test_an_all_reduce_that_hangs_is_a_failure",),
+    ),
+    Mutant(
+        "the checker of logs lets ranks hold different entries",
+        "tests/cluster/logs.py",
+        "        if len(sides) > 1\n",
+        "        if not sides\n",
+        (f"{_LOGS}::test_a_different_entry_is_named_with_its_step_and_ranks", _BROKEN),
+    ),
+    Mutant(
+        "the checker of logs lets a rank be ahead by two steps",
+        "tests/cluster/logs.py",
+        "min(lengths.values()) > 1:",
+        "min(lengths.values()) > 2:",
+        (f"{_LOGS}::test_more_than_the_verdict_under_way_may_not",),
+    ),
+    Mutant(
+        "the checker of logs forgives half a line to everybody",
+        "tests/cluster/logs.py",
+        "    if rest and not was_killed:\n",
+        "    if rest and was_killed is None:\n",
+        (f"{_LOGS}::test_half_a_line_is_forgiven_to_who_was_killed",),
+    ),
+    Mutant(
+        "a row of the fault matrix may take as long as it likes",
+        "tests/cluster/matrix.py",
+        "    assert opened.seconds <= limit_s,",
+        "    assert opened.seconds <= limit_s or opened.seconds,",
+        ("tests/cluster/test_matrix.py::test_a_row_that_ends_late_or_was_not_measured_fails",),
+    ),
+    Mutant(
+        "a process in a session of its own is not counted as left",
+        "tests/cluster/processes.py",
+        "            if wanted <= environment:\n",
+        "            if wanted <= environment and os.getsid(int(folder.name)) == os.getsid(0):\n",
+        (
+            "tests/cluster/test_processes.py"
+            "::test_an_orphan_in_a_session_of_its_own_is_found_and_ended",
+        ),
     ),
 ]
