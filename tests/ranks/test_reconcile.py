@@ -19,9 +19,9 @@ POLICY = DynamicScale(growth_interval=100, hysteresis=3)
 class Job:
     """One optimizer under one scaler, whose gradients are ones."""
 
-    def __init__(self, **options):
+    def __init__(self, fused=False, **options):
         self.p = torch.nn.Parameter(torch.ones(3))
-        self.optimizer = torch.optim.SGD([self.p], lr=0.25)
+        self.optimizer = torch.optim.SGD([self.p], lr=0.25, fused=fused)
         self.scaler = ShardedGradScaler("cpu", init_scale=64.0, policy=POLICY, **options)
 
     def step(self, value=1.0):
@@ -135,6 +135,22 @@ def test_reconciled_ranks_agree_at_their_first_verdict(ranks):
     """also where the states are equal and only one rank has just loaded its own."""
     expected = [True, 4.0, 0.75, False, 0.5, 0.5, False, 0.25, 4.0]
     assert ranks.run(reconcile_at_once, 3) == [expected] * 3
+
+
+def find_it_late(rank, size):
+    """With a fused optimizer the host learns of it one update later."""
+    job = Job(fused=True)
+    job.scaler.load_state_dict({**USUAL, "scale": (64.0, 8.0, 4.0)[rank]})
+    found = [outcome(job.step)[:2], outcome(job.step)[1], job.p[0].item()]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return [*found, reconcile(job.scaler), job.step(), job.step(), job.scaler.get_scale()]
+
+
+def test_ranks_that_learn_late_of_their_states_reconcile_as_well(ranks):
+    """Nothing has moved in between."""
+    expected = [(1.0, None), "DisagreementError", 1.0, True, 0.75, 0.5, 4.0]
+    assert ranks.run(find_it_late, 3) == [expected] * 3
 
 
 def one_does_not_come(rank, size):
