@@ -103,7 +103,8 @@ def test_all_ranks_have_one_state(kind: str, size: int):
     states = run(kind, size)["state"]
     assert all(state == states[0] for state in states)
     num_skipped = sum(step % 5 < size for step in range(12))
-    _, parameter = states[0]
+    state, parameter = states[0]
+    assert dict(state["shardscale"])["num_skipped"] == num_skipped
     assert parameter == [1.0 - 0.5 * (12 - num_skipped)] * 3
 
 

@@ -98,7 +98,7 @@ def load_what_differs(rank, size, odd_ranks):
 def test_states_that_differ_at_load_are_told_at_the_first_verdict_and_reconciled(
     ranks, size, odd_ranks
 ):
-    """before any parameter moves; counters that differ draw other salts, too."""
+    """Contract 54: before any parameter moves; counters that differ draw other salts, too."""
     found = ranks.run(load_what_differs, size, odd_ranks=odd_ranks)
     for name, (odd, values) in DIFFERENCES.items():
         for first, where, reconciled, message, told, again, state_now in (f[name] for f in found):
@@ -132,7 +132,7 @@ def reconcile_at_once(rank, size):
 
 
 def test_reconciled_ranks_agree_at_their_first_verdict(ranks):
-    """also where the states are equal and only one rank has just loaded its own."""
+    """Contract 54: also where the states are equal and only one rank has just loaded its own."""
     expected = [True, 4.0, 0.75, False, 0.5, 0.5, False, 0.25, 4.0]
     assert ranks.run(reconcile_at_once, 3) == [expected] * 3
 
@@ -162,7 +162,7 @@ def one_does_not_come(rank, size):
 
 
 def test_a_rank_that_does_not_come_is_named_and_nothing_is_changed(ranks):
-    """whoever reconciles alone is told so."""
+    """Contract 54: whoever reconciles alone is told so."""
     for rank, (found, is_unchanged) in enumerate(ranks.run(one_does_not_come, 3)):
         assert is_unchanged
         if rank != 1:
