@@ -96,7 +96,7 @@ class Judge:
                 # In a graph it would be repeated by each replay; alone there is nobody to be told.
                 wishes = not captured and comm is not None and bool(self.wish())
                 stats, grads = examiner.measure(question, state)
-                stats = stats._replace(wishes=wishes)
+                stats = stats._replace(wishes=True) if wishes else stats
         except Exception as error:  # noqa: BLE001 - raised again, once this rank has joined
             fault = fault or error
         if fault is not None and (comm is None or captured):
