@@ -16,7 +16,7 @@ import pytest
 from tests.cluster import matrix
 
 LIMIT_S = 5.0  # with the import
-PROGRAM = "import shardscale; shardscale.init_distributed('gloo')"
+START = "shardscale.init_distributed('gloo')"
 BY_HAND = {
     "RANK": "0",
     "WORLD_SIZE": "4",
@@ -52,6 +52,7 @@ class Wrong(NamedTuple):
     variable: str
     value: str
     cure: str
+    program: str = START
 
 
 WRONG = {
@@ -83,6 +84,9 @@ WRONG = {
         {**BY_HAND, "LOCAL_WORLD_SIZE": "2"}, "MASTER_ADDR", "'127.0.0.1'", "set it to the address"
     ),
     "a port that is in use": Wrong(BY_HAND, "MASTER_PORT", "in use", "set MASTER_PORT"),
+    "a signal that does not exist": Wrong(
+        {}, "signal to stop", "'USR9'", "must be one of", "shardscale.StopSignal('USR9')"
+    ),
 }
 
 
@@ -112,7 +116,7 @@ def run(wrong: Wrong, output: Path) -> Outcome:
     with (
         output.open("w") as errors,
         subprocess.Popen(
-            [sys.executable, "-c", PROGRAM],
+            [sys.executable, "-c", f"import shardscale; {wrong.program}"],
             cwd=Path(__file__).parents[2],
             env={**own, **wrong.environ},
             stderr=errors,
