@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 
 from shardscale import drift
 from shardscale.comm import Communicator, Solo
-from shardscale.errors import DisagreementError
+from shardscale.errors import DisagreementError, MissingRankError
 from shardscale.ledger import Unread
 from shardscale.records import Agreement, Call
 
@@ -74,9 +75,12 @@ def answer(
     """
     account = drift.account(call, fault)
     accounts: list[object] = []
-    thread = threading.Thread(
-        target=lambda: accounts.extend((comm or Solo()).all_gather_object(account)), daemon=True
-    )
+
+    def gather() -> None:
+        with contextlib.suppress(MissingRankError):  # the group was given up, and this rank knows
+            accounts.extend((comm or Solo()).all_gather_object(account))
+
+    thread = threading.Thread(target=gather, daemon=True)
     thread.start()
     thread.join(patience_s)
     return list(accounts)

@@ -12,6 +12,7 @@ from torch.amp.grad_scaler import OptState
 
 from shardscale import kernels, verdict
 from shardscale.backward import mistake_inside_backward
+from shardscale.capturing import is_capturing
 from shardscale.comm import Bond, Communicator
 from shardscale.dispute import PATIENCE_S, Dispute, answer
 from shardscale.errors import LayoutError, MissingRankError, StageError
@@ -28,7 +29,7 @@ from shardscale.layouts import Layouts
 from shardscale.ledger import Ledger, Unread, summary
 from shardscale.policy import ScalePolicy
 from shardscale.records import Agreement, Call, ScaleState, ShardStats, StepReport
-from shardscale.replay import Replays, is_capturing, refuse_capture
+from shardscale.replay import Replays, refuse_capture
 from shardscale.shards import local_shards, params_of
 from shardscale.stages import Stages
 from shardscale.stamps import Stamps
@@ -287,7 +288,7 @@ class Judge:
                 raise fault from missing
             # The others may be missing because they have read a disagreement that this rank, with
             # other optimizers, has not: then that is what there is to tell.
-            for unread in self.ledger.unread():
+            for unread in () if self.bond.is_aborted else self.ledger.unread():
                 if unread.agreement.apart.any():
                     raise self._error_of(unread) from missing
             raise

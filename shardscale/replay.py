@@ -8,7 +8,7 @@ from torch import Tensor
 from shardscale.errors import StageError
 from shardscale.records import Agreement, StepReport
 
-__all__ = ["Replays", "is_capturing", "refuse_capture"]
+__all__ = ["Replays", "refuse_capture"]
 
 
 class Replays:
@@ -90,14 +90,6 @@ class Replays:
             return None
         step = num_updates + self.counts()[0] - 1
         return StepReport(step, scale, next_scale, skipped > 0, norm, ())
-
-
-def is_capturing(device: torch.device) -> bool:
-    """Whether what is launched on the device now is recorded into a graph, and not run."""
-    if device.type == "cpu":
-        return False
-    asks = getattr(getattr(torch, device.type, None), "is_current_stream_capturing", None)
-    return asks is not None and bool(asks())
 
 
 def refuse_capture(sync: bool, is_warm: bool, has_begun_outside: bool) -> None:

@@ -15,6 +15,7 @@ from typing_extensions import Self
 
 from shardscale.arguments import as_max_norm, as_number, is_usable, require_device_type
 from shardscale.backward import refuse_optimizers_in_backward
+from shardscale.capturing import is_capturing
 from shardscale.comm import Bond, Communicator
 from shardscale.errors import ConfigError, StageError, StateError
 from shardscale.examine import Question
@@ -27,7 +28,7 @@ from shardscale.obey import Obedience, refuse_closure
 from shardscale.outputs import map_tensors, scale_gradient, times_scale
 from shardscale.policy import ConstantScale, DynamicScale, ScalePolicy
 from shardscale.records import Agreement, ScaleState, StepReport, Verdict
-from shardscale.replay import is_capturing, refuse_capture
+from shardscale.replay import refuse_capture
 from shardscale.saved_state import from_state_dict, to_state_dict
 from shardscale.stages import as_list
 from shardscale.stopping import Stopping

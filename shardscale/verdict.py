@@ -81,6 +81,8 @@ def agree(
             f"{MAX_RANKS}. Name a smaller group with process_group=."
         )
     message = pack(stats, call, comm.rank, comm.size, previous, faulted)
+    if hasattr(comm, "step_under_way"):
+        comm.step_under_way = call.num_updates
     comm.all_reduce_sum_(message)
     return unpack(message, stats.sum_squares is not None, comm.size, previous)
 

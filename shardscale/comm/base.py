@@ -23,6 +23,9 @@ class Communicator(Protocol):
     The n-th call of a method on one rank belongs together with the n-th call of that method on
     every other; all ranks call, or none. A call that does not complete raises
     :class:`~shardscale.errors.MissingRankError`; it never waits for ever.
+
+    One that has an attribute ``step_under_way`` finds the scaler's number of updates there before
+    each verdict, to say in an error how far the ranks had got.
     """
 
     @property

@@ -8,7 +8,7 @@ import weakref
 import torch.distributed as dist
 
 from shardscale.comm.base import FIRST_TIMEOUT_S, Communicator, Timed, require_time
-from shardscale.comm.process_group import ProcessGroupComm
+from shardscale.comm.process_group import ProcessGroupComm, introduce_here, is_alive
 from shardscale.errors import ConfigError, StageError
 from shardscale.records import Members
 
@@ -86,6 +86,8 @@ class Bond:
         self._joined: ProcessGroupComm | None = None
         self._members: Members | None = None
         self._ordinal = _made.next(self._key) if is_numbered else None
+        if comm is None and dist.is_available():
+            introduce_here()  # a rank that never comes to a verdict has at least been here
 
     @property
     def ordinal(self) -> int:
@@ -99,6 +101,12 @@ class Bond:
         """Whether a communicator was given, or a group that is not the whole job."""
         is_whole_job = self._process_group is None or self._process_group is dist.group.WORLD
         return self._comm is not None or not is_whole_job
+
+    @property
+    def is_aborted(self) -> bool:
+        """Whether the group was given up, so that nothing on an accelerator can be waited for."""
+        comm = self._timed or self._joined
+        return isinstance(comm, ProcessGroupComm) and comm.is_aborted
 
     def twin(self) -> Bond:
         """Another scaler's bond to the same group, in the same process."""
@@ -128,7 +136,7 @@ class Bond:
             return None
         group = self._process_group or dist.group.WORLD
         assert group is not None
-        if not _is_alive(group):
+        if not is_alive(group):
             raise StageError(
                 "the process_group given to this scaler has been destroyed. Make a new scaler with "
                 "a group that exists, and load this one's state_dict into it."
@@ -169,13 +177,9 @@ class Bond:
         return self._comm or (self._process_group if self.names_a_group else Bond)
 
     def _require_alive(self, joined: ProcessGroupComm) -> None:
-        if not _is_alive(joined.group):
+        if not is_alive(joined.group):
             raise StageError(
                 f"rank {joined.rank} of {joined.size}: this scaler agreed in a process group that "
                 "has since been destroyed, and the ranks of another one would not share its "
                 "history. Make a new scaler and load this one's state_dict into it."
             )
-
-
-def _is_alive(group: dist.ProcessGroup) -> bool:
-    return dist.is_initialized() and group in dist.distributed_c10d._world.pg_map

@@ -1,9 +1,15 @@
-"""Who came to a verdict that did not complete, asked through the group's store."""
+"""Keys in a group's store by which ranks find out who came to a verdict that is late.
+
+No rank writes anything while verdicts are in time, apart from its host's name, once.
+"""
 
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
+import logging
+import os
 import pickle
 import queue
 import socket
@@ -14,85 +20,136 @@ from typing import Any, TypeVar
 
 from torch.distributed.distributed_c10d import Store
 
-__all__ = ["RollCall"]
+from shardscale.comm.attendance import Attendance, Crew, Place, tell
 
-# Ranks that are waiting look for an alarm every 1.25 s at the latest; the rest is the store's time.
+__all__ = ["GIVEN_UP", "RollCall", "introduce", "prefix_of_world"]
+
+GIVEN_UP = "another rank gave up, or the store is gone"
+# Ranks that are waiting look for an alarm every 1.5 s at the latest; the rest is the store's time.
 _GRACE_S = 5.0
 _POLL_S = 0.05
 _STORE_PATIENCE_S = 5.0
+_GLANCE_S = 1.0  # for what is asked while a rank waits for something else
 _BATCH = 64  # keys that one request asks for
 
 T = TypeVar("T")
 
+logger = logging.getLogger(__name__)
 
-class RollCall:
-    """Keys in a store that are written only after something went wrong.
 
-    The store may have died with its rank, or be stopped and not answer at all. Every conversation
-    with it therefore runs on a thread of its own and is waited for at most a few seconds.
+def prefix_of_world(num_ranks: int) -> str:
+    """What the keys of this world begin with, so that none of an earlier one is ever read.
+
+    A launcher may keep its store when it starts the processes anew, as torchrun does: with torch
+    2.13 a group that ``env://`` makes finds all keys of the one before. The count of restarts tells
+    the worlds apart. It stands still where nodes join or leave, but then the number of ranks
+    changes.
 
     Args:
-        store: The group's store.
+        num_ranks: How many ranks the job has.
+    """
+    return f"shardscale/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{num_ranks}"
+
+
+def introduce(store: Store, prefix: str, rank: int) -> None:
+    """Write this rank's host for others to name it by, should it ever be missing.
+
+    Args:
+        store: The default group's.
+        prefix: Put before the key.
+        rank: This rank's number in the job.
+    """
+    try:
+        store.set(f"{prefix}/host/{rank}", socket.gethostname())
+    except Exception as error:  # noqa: BLE001 - a name in an error is not worth an error
+        logger.debug("the host of rank %d could not be written to the store: %s", rank, error)
+
+
+class RollCall:
+    """One rank's part in the roll calls of a group.
+
+    The store may have died with its rank, or be stopped and not answer at all. Every conversation
+    with it therefore runs on a thread of its own and is waited for at most a few seconds. One that
+    does not answer may come back; one that raises is gone.
+
+    Args:
+        crew: The ranks of the group, and this one.
         prefix: Put before every key.
-        rank: This rank's number in the group.
-        size: The number of ranks in the group.
+        store: Gives the group's store. Called once, and not before it is needed.
+        job_store: Likewise the default group's, where hosts are written.
     """
 
-    def __init__(self, store: Store, prefix: str, rank: int, size: int) -> None:
-        self._store = store
+    def __init__(
+        self,
+        crew: Crew,
+        prefix: str,
+        store: Callable[[], Store],
+        job_store: Callable[[], Store],
+    ) -> None:
+        self.crew = crew
         self._prefix = prefix
-        self._rank = rank
-        self._size = size
+        self._open = store
+        self._open_job = job_store
+        self._unanswered: threading.Thread | None = None
         self._num_gathers = 0
         self.num_verdicts = 0
+        self.last: Place | None = None  # the newest verdict that is known to be complete
+
+    def enter(self, step: int | None) -> Place:
+        """A verdict begins."""
+        self.num_verdicts += 1
+        return Place(self.num_verdicts, step)
+
+    def write_late(self, place: Place) -> None:
+        """Write that this rank is waiting, in case it cannot be asked later."""
+        key = f"{self._prefix}/late/{self.crew.rank}"
+        try:
+            self._ask(lambda: self._store.set(key, _pack(place)), _GLANCE_S)
+        except _StoreSilentError:
+            pass  # whoever asks for it will hear of that
 
     def is_alarmed(self) -> bool:
-        """Whether a rank has given up on the current verdict, or on one before that it read first.
+        """Whether a rank has given up, or begun to gather after a verdict that it read first.
 
-        A store that is silent counts as yes.
+        No answer is taken for no, for the store's host may only be held up. An error is taken for
+        yes.
         """
-        keys = [f"{self._prefix}/alarm/{self.num_verdicts}", self._gathering(self._num_gathers + 1)]
+        keys = [f"{self._prefix}/alarm", self._gathering(self._num_gathers + 1)]
         try:
-            return self._ask(
-                lambda: any(self._store.check([key]) for key in keys), _STORE_PATIENCE_S
-            )
-        except _StoreSilentError:
-            return True
+            return self._ask(lambda: any(self._store.check([key]) for key in keys), _GLANCE_S)
+        except _StoreSilentError as error:
+            return error.is_gone
 
-    def report(self) -> str:
-        """Say that this rank is at the current verdict, and tell in a sentence who is not.
+    def report(self, place: Place, how: str, timeout_s: float) -> str:
+        """Say that this rank is at a verdict, and tell in sentences who is not.
 
         Every rank that waits for the same verdict sees the alarm and reports too, so after a short
         grace those that did not are the ones that never came.
+
+        Args:
+            place: The verdict.
+            how: What became of it, after "did not complete".
+            timeout_s: How long it was given. Who counts in seconds gets no grace of minutes.
         """
-        verdict = self.num_verdicts
+        head = f"{self.crew.myself}: {place} did not complete{how}."
+        grace_s = min(_GRACE_S, timeout_s)
         try:
-            came = self._ask(lambda: self._call_roll(verdict), _GRACE_S + _STORE_PATIENCE_S)
+            found = self._ask(lambda: self._call_roll(place, grace_s), grace_s + _STORE_PATIENCE_S)
         except _StoreSilentError as error:
-            return (
+            body = (
                 f"Who is missing cannot be told: the store does not answer ({error}). It probably "
                 "died with the rank that hosted it (rank 0, unless a launcher holds it)."
             )
-        missing = [rank for rank in range(self._size) if rank not in came]
-        elsewhere = {rank: at for rank, (at, _) in came.items() if at != verdict}
-        here = ", ".join(
-            f"{rank} ({host})" for rank, (at, host) in sorted(came.items()) if at == verdict
-        )
-        sentences = []
-        if missing:
-            sentences.append(f"Did not come: {_ranks(missing)}. Came: {here}.")
-            sentences.append(
-                "Every rank must make every call of the scaler; if one is slow, raise timeout_s."
+            if self.last is not None:
+                body += f" All {self.crew.size} ranks were last heard of at {self.last.short}."
+        else:
+            body = tell(found, self.crew, place, self.last)
+        if place.verdict == 1:
+            body += (
+                " It was the first verdict: if some ranks never train, name the group of those that"
+                " do with process_group=."
             )
-        if elsewhere:
-            others = ", ".join(f"rank {rank} was at verdict {at}" for rank, at in elsewhere.items())
-            sentences.append(f"The ranks do not make the same calls: {others}.")
-        if not sentences:
-            sentences.append(
-                "All ranks came, so a connection broke or the ranks entered different collectives "
-                "of this group in between. Make the same calls in the same order on all of them."
-            )
-        return " ".join(sentences)
+        return f"{head} {body}"
 
     def gather(self, obj: object, timeout_s: float) -> list[object]:
         """Every rank's object in rank order, None for those that did not write one in time.
@@ -102,25 +159,33 @@ class RollCall:
         """
         self._num_gathers += 1
         num = self._num_gathers
-        keys = [f"{self._prefix}/gather/{num}/{rank}" for rank in range(self._size)]
+        keys = [f"{self._prefix}/gather/{num}/{rank}" for rank in range(self.crew.size)]
 
         def exchange() -> list[object]:
             text = _pack(obj)
             digest = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
             self._store.set(self._gathering(num), "1")
             self._store.set(self._text(digest), text)
-            self._store.set(keys[self._rank], digest)
-            came = self._written(keys, time.monotonic() + timeout_s)
-            told = dict(zip(came, map(bytes.decode, self._store.multi_get(came)), strict=True))
+            self._store.set(keys[self.crew.rank], digest)
+            self._await(keys, time.monotonic() + timeout_s)
+            told = {rank: key.decode() for rank, key in _read(self._store, keys).items()}
             different = list(set(told.values()))
             texts = self._store.multi_get(list(map(self._text, different)))
             things = dict(zip(different, map(_unpack, texts), strict=True))
-            return [things[told[key]] if key in told else None for key in keys]
+            return [things[told[r]] if r in told else None for r in range(self.crew.size)]
 
         try:
             return self._ask(exchange, timeout_s + _STORE_PATIENCE_S)
         except _StoreSilentError:
-            return [obj if rank == self._rank else None for rank in range(self._size)]
+            return [obj if rank == self.crew.rank else None for rank in range(self.crew.size)]
+
+    @functools.cached_property
+    def _store(self) -> Store:
+        return self._open()
+
+    @functools.cached_property
+    def _job_store(self) -> Store:
+        return self._open_job()
 
     def _text(self, digest: str) -> str:
         return f"{self._prefix}/text/{digest}"
@@ -128,30 +193,38 @@ class RollCall:
     def _gathering(self, num: int) -> str:
         return f"{self._prefix}/alarm/gather/{num}"
 
-    def _call_roll(self, verdict: int) -> dict[int, tuple[int, str]]:
-        """The verdict and the host of every rank that has written them by the end of the grace."""
-        keys = {f"{self._prefix}/arrived/{rank}": rank for rank in range(self._size)}
-        mine = _pack((verdict, socket.gethostname()))
-        self._store.set(f"{self._prefix}/arrived/{self._rank}", mine)
-        self._store.set(f"{self._prefix}/alarm/{verdict}", "1")
-        came = self._written(list(keys), time.monotonic() + _GRACE_S)
-        told = map(_unpack, self._store.multi_get(came))
-        return {keys[key]: at for key, at in zip(came, told, strict=True)}
+    def _call_roll(self, place: Place, grace_s: float) -> Attendance:
+        """What every rank has written by the end of the grace."""
+        ranks = range(self.crew.size)
+        answers, late = (
+            [f"{self._prefix}/{what}/{r}" for r in ranks] for what in ("answer", "late")
+        )
+        hosts = [f"{self._prefix}/host/{r}" for r in self.crew.in_job or ranks]
+        self._store.set(answers[self.crew.rank], _pack(place))
+        self._store.set(f"{self._prefix}/alarm", "1")
+        self._await(answers, time.monotonic() + grace_s)
+        return Attendance(
+            {rank: _unpack(text) for rank, text in _read(self._store, answers).items()},
+            {rank: _unpack(text) for rank, text in _read(self._store, late).items()},
+            {rank: text.decode() for rank, text in _read(self._job_store, hosts).items()},
+        )
 
-    def _written(self, keys: list[str], deadline: float) -> list[str]:
-        """Those of ``keys`` that have been written by the deadline; all, as soon as they are."""
+    def _await(self, keys: list[str], deadline: float) -> None:
+        """Wait until all ``keys`` are written, or for the deadline."""
         # The same number of requests a second reach the store, however many ranks send them.
-        poll_s = _POLL_S * max(1.0, self._size / _BATCH)
-        written: list[str] = []
-        for first in range(0, len(keys), _BATCH):
-            batch = keys[first : first + _BATCH]
-            while not (is_complete := self._store.check(batch)) and time.monotonic() < deadline:
+        poll_s = _POLL_S * max(1.0, self.crew.size / _BATCH)
+        for batch in _batches(keys):
+            while not self._store.check(batch) and time.monotonic() < deadline:
                 time.sleep(min(poll_s, max(0.0, deadline - time.monotonic())))
-            written += batch if is_complete else [key for key in batch if self._store.check([key])]
-        return written
 
     def _ask(self, question: Callable[[], T], patience_s: float) -> T:
         """Run ``question`` on a thread and wait for its answer at most ``patience_s`` seconds."""
+        if self._unanswered is not None:
+            # It is still at the store, and so would the next one be.
+            self._unanswered.join(min(patience_s, _STORE_PATIENCE_S))
+            if self._unanswered.is_alive():
+                raise _StoreSilentError(f"no answer within {patience_s:.0f} s")
+            self._unanswered = None
         answers: queue.Queue[tuple[T | None, Exception | None]] = queue.Queue()
 
         def run() -> None:
@@ -160,14 +233,38 @@ class RollCall:
             except Exception as error:  # noqa: BLE001 - whatever its client raises means the same
                 answers.put((None, error))
 
-        threading.Thread(target=run, name="shardscale-roll-call", daemon=True).start()
+        thread = threading.Thread(target=run, name="shardscale-roll-call", daemon=True)
+        thread.start()
         try:
             answer, error = answers.get(timeout=patience_s)
         except queue.Empty:
+            self._unanswered = thread
             raise _StoreSilentError(f"no answer within {patience_s:.0f} s") from None
         if error is not None:
             raise _StoreSilentError(f"{type(error).__name__}: {error}") from error
         return answer  # type: ignore[return-value]
+
+
+class _StoreSilentError(Exception):
+    """The store raised or did not answer."""
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether it raised."""
+        return self.__cause__ is not None
+
+
+def _read(store: Store, keys: list[str]) -> dict[int, bytes]:
+    """What is written under those of ``keys`` that exist, by their positions."""
+    written: list[str] = []
+    for batch in _batches(keys):
+        written += batch if store.check(batch) else [key for key in batch if store.check([key])]
+    texts = dict(zip(written, store.multi_get(written), strict=True)) if written else {}
+    return {i: texts[key] for i, key in enumerate(keys) if key in texts}
+
+
+def _batches(keys: list[str]) -> list[list[str]]:
+    return [keys[first : first + _BATCH] for first in range(0, len(keys), _BATCH)]
 
 
 def _pack(obj: object) -> str:
@@ -177,11 +274,3 @@ def _pack(obj: object) -> str:
 
 def _unpack(text: bytes) -> Any:
     return pickle.loads(base64.b64decode(text))
-
-
-class _StoreSilentError(Exception):
-    """The store raised or did not answer."""
-
-
-def _ranks(ranks: list[int]) -> str:
-    return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(map(str, ranks))

@@ -44,9 +44,9 @@ class End(NamedTuple):
         assert self.error == "MissingRankError", self
         if "the store does not answer" in self.message:
             return None
-        found = re.search(r"Did not come: ranks? ([\d, ]+)\.", self.message)
+        found = re.search(r"Did not come: ranks? (.+), last heard of at step \d+\.", self.message)
         assert found, self.message
-        return set(map(int, found[1].split(", ")))
+        return set(map(int, re.findall(r"(\d+) \(", found[1])))
 
 
 def options(arguments: Sequence[str] | None = None) -> argparse.Namespace:

@@ -24,7 +24,7 @@ MODELS = ("sgd", "adamw", "fsdp2")
 SKIPPED = Address("nan", 0, 2)  # in every job, so that there is something to decide
 HIT, STEP = 1, 5
 TIMEOUT_S = 3.0
-GRACE_S = 5.0  # that those who waited give each other to say that they came
+GRACE_S = TIMEOUT_S  # that those who waited give each other to say that they came
 IN_TIME_S = TIMEOUT_S + GRACE_S + 2.0  # two seconds for 70 processes on two cores
 
 # Kind -> what was done, and how many steps the hit rank and the others have finished.

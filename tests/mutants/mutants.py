@@ -46,6 +46,10 @@ _ORDER = "tests/ranks/test_wrong_order.py"
 _LATE = "tests/ranks/test_late_reading.py"
 _POLICY = "tests/unit/test_policy.py"
 _COMM = "tests/unit/test_comm.py"
+_MISSING = "tests/ranks/test_missing_rank.py"
+_HANGS = "tests/ranks/test_late_verdicts.py"
+_ROLL = "tests/unit/test_roll_call.py"
+_MONITOR = "tests/unit/test_monitor.py"
 _MANY = "tests/ranks/test_very_many_ranks.py::test_every_rank_reads_the_one_right_verdict"
 _SUMS = "tests/unit/test_message_arithmetic.py"
 _COMPILE = "tests/compile/test_one_process.py"
@@ -134,6 +138,8 @@ MUTANTS = [
         "shardscale/verdict.py",
         """\
     message = pack(stats, call, comm.rank, comm.size, previous, faulted)
+    if hasattr(comm, "step_under_way"):
+        comm.step_under_way = call.num_updates
     comm.all_reduce_sum_(message)
 """,
         """\
@@ -643,9 +649,133 @@ MUTANTS = [
     Mutant(
         "a store is not asked for the rest of a batch in which one rank is missing",
         "shardscale/comm/roll_call.py",
-        "written += batch if is_complete else [key for key in batch if self._store.check([key])]",
-        "written += batch if is_complete else []",
+        "written += batch if store.check(batch) else [key for key in batch if store.check([key])]",
+        "written += batch if store.check(batch) else []",
         (f"{_COMM}::test_a_store_keeps_what_many_ranks_tell_alike_only_once",),
+    ),
+    Mutant(
+        "the keys of all worlds are the same",
+        "shardscale/comm/roll_call.py",
+        """    return f"shardscale/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{num_ranks}"
+""",
+        """    return "shardscale"
+""",
+        (
+            f"{_ROLL}::test_what_an_earlier_world_has_written_is_not",
+            "tests/ranks/test_elastic_keys.py",
+        ),
+    ),
+    Mutant(
+        "every verdict is written to the store",
+        "shardscale/comm/process_group.py",
+        "        self._roll_call.last = place\n",
+        "        self._roll_call.last = place\n        self._roll_call.write_late(place)\n",
+        (f"{_HANGS}::test_good_steps_and_skips_ask_nothing_of_the_store",),
+    ),
+    Mutant(
+        "a store that died is not told from ranks that did not come",
+        "shardscale/comm/roll_call.py",
+        """            body = (
+                f"Who is missing cannot be told: the store does not answer ({error}). It probably "
+                "died with the rank that hosted it (rank 0, unless a launcher holds it)."
+            )
+""",
+        """            body = tell(Attendance({}, {}, {}), self.crew, place, self.last)
+""",
+        (
+            f"{_MISSING}::test_if_the_store_died_with_its_rank_the_error_says_so",
+            f"{_ROLL}::test_a_store_that_is_gone_is_an_alarm_and_the_report_says_so",
+        ),
+    ),
+    Mutant(
+        "a store that is stopped for a while ends the job",
+        "shardscale/comm/roll_call.py",
+        "            return error.is_gone\n",
+        "            return True\n",
+        (f"{_ROLL}::test_a_store_that_does_not_answer_is_no_alarm_and_is_asked_only_once",),
+    ),
+    Mutant(
+        "who waited for an earlier verdict has come to this one",
+        "shardscale/comm/attendance.py",
+        "    late = {r for r, at in found.late.items() if at.verdict == place.verdict}\n",
+        "    late = set(found.late)\n",
+        (
+            "tests/unit/test_attendance.py"
+            "::test_a_mark_of_an_earlier_verdict_is_no_sign_of_this_one",
+        ),
+    ),
+    Mutant(
+        "a rank that wrote nothing is not missed",
+        "shardscale/comm/attendance.py",
+        "    missing = set(range(crew.size)) - {crew.rank} - here - elsewhere.keys() - silent\n",
+        "    missing = late & here\n",
+        (f"{_MISSING}::test_survivors_of_a_stop_share_one_history_and_name_the_stopped",),
+    ),
+    Mutant(
+        "a missing rank is named without its host",
+        "shardscale/comm/roll_call.py",
+        "text.decode() for rank, text in _read(self._job_store, hosts).items()",
+        "text.decode() for rank, text in {}.items()",
+        (f"{_MISSING}::test_survivors_of_a_stop_share_one_history_and_name_the_stopped",),
+    ),
+    Mutant(
+        "nobody tells the communicator the step",
+        "shardscale/verdict.py",
+        "        comm.step_under_way = call.num_updates\n",
+        "        pass\n",
+        (f"{_MISSING}::test_every_rank_that_waited_names_the_one_that_did_not_come",),
+    ),
+    Mutant(
+        "a rank whose own GPU is late waits for others",
+        "shardscale/comm/monitor.py",
+        "self._ask_others(late) if is_reached else self._blame_itself(late)",
+        "self._ask_others(late)",
+        (
+            f"{_MONITOR}::test_a_rank_whose_own_gpu_is_late_writes_nothing_and_says_so_once",
+            f"{_MONITOR}::test_a_rank_whose_own_gpu_is_late_to_the_end_blames_no_other",
+        ),
+    ),
+    Mutant(
+        "the host comes back before it can be told why",
+        "shardscale/comm/monitor.py",
+        """        self.finding = finding  # before the host comes back
+        group = self._find_group()
+        if group is not None:
+            group.abort()
+""",
+        """        group = self._find_group()
+        if group is not None:
+            group.abort()
+        self.finding = finding
+""",
+        (
+            f"{_MONITOR}"
+            "::test_when_the_time_is_over_it_is_logged_then_kept_and_then_the_group_is_aborted",
+        ),
+    ),
+    Mutant(
+        "an event that was over once is over for good",
+        "shardscale/comm/monitor.py",
+        "        return self.is_launched and bool(self.after.query())\n",
+        "        return bool(self.after.query())\n",
+        (
+            f"{_MONITOR}"
+            "::test_an_event_used_before_does_not_speak_for_a_verdict_still_being_launched",
+        ),
+    ),
+    Mutant(
+        "events are recorded into a graph and asked for meanwhile",
+        "shardscale/comm/monitor.py",
+        "        if is_capturing(self._device):\n",
+        "        if False:\n",
+        (f"{_MONITOR}::test_while_a_graph_is_captured_no_event_is_recorded_or_asked_for",),
+    ),
+    Mutant(
+        "after an abort the host waits for the device",
+        "shardscale/judge.py",
+        "() if self.bond.is_aborted else self.ledger.unread()",
+        "self.ledger.unread()",
+        (f"{_HANGS}::test_what_the_monitor_has_found_is_raised_by_whatever_is_called_next",),
     ),
     Mutant(
         "gradients that are held back are judged",

@@ -160,6 +160,9 @@ def _wait(
         ready = connection.wait([requests, *(child.results for child in pending)], timeout=0.02)
         if requests in ready:
             raise SystemExit  # nobody is waiting for this case any more
+        for child in children:
+            if child.stopped:
+                _look_at(child)
         for child in pending:
             if child.results in ready:
                 try:
@@ -178,9 +181,13 @@ def _wait(
 
 
 def _look_at(child: _Child) -> None:
-    """Note whether it was killed or stopped; until `waitpid` says so its pid is no one else's."""
-    pid, status = os.waitpid(child.pid, os.WNOHANG | os.WUNTRACED)
+    """Note whether it was killed, stopped or let go on; until `waitpid` says that it is dead, its
+    pid is no one else's."""
+    pid, status = os.waitpid(child.pid, os.WNOHANG | os.WUNTRACED | os.WCONTINUED)
     if pid == 0:
+        return
+    if os.WIFCONTINUED(status):
+        child.stopped, child.exit_code = False, None
         return
     child.stopped = os.WIFSTOPPED(status)
     child.exit_code = -os.WSTOPSIG(status) if child.stopped else os.waitstatus_to_exitcode(status)

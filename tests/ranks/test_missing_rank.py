@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 import math
 import os
+import re
 import signal
+import socket
 from functools import partial
 
 import pytest
@@ -17,6 +19,7 @@ from tests.ranks.rank import log, outcome
 from tests.ranks.report import Signal
 
 TIMEOUT_S = 2.0
+HOST = socket.gethostname()
 
 
 def make(fused=False, **options):
@@ -36,6 +39,8 @@ def one_iteration(p, optimizer, scaler, grad=1.0):
 
 
 def last_rank_stays_away(rank, size, num_good, fused):
+    if rank == size - 1 and num_good == 0:
+        return None
     p, optimizer, scaler = make(fused, timeout_s=TIMEOUT_S)
     for _ in range(num_good):
         one_iteration(p, optimizer, scaler)
@@ -55,8 +60,13 @@ def test_every_rank_that_waited_names_the_one_that_did_not_come(ranks, num_good,
         assert error == "MissingRankError"
         assert "TimeoutError" in kinds
         assert unmoved
-        assert "Did not come: rank 2." in message
-        assert f"rank {rank} of 3" in message
+        here = f"verdict {num_good + 1} (step {num_good})"
+        assert f"rank {rank} of 3 ({HOST}): {here} did not complete within 2 s." in message
+        absent = (
+            f"rank 2 ({HOST}), last heard of at step 1" if num_good else "rank 2, never heard of"
+        )
+        assert f"Did not come: {absent}." in message
+        assert f"Came: rank {1 - rank} ({HOST}) at step {num_good}." in message
         assert ("process_group=" in message) == (num_good == 0)
 
 
@@ -88,6 +98,16 @@ def assert_one_history(reports):
     assert max(map(len, logs)) - min(map(len, logs)) <= 1
 
 
+def assert_last_heard_of(rank, reports, message):
+    """By name, host and step: one that it took part in, and as many as it can prove."""
+    told = re.search(
+        rf"Did not come: rank {rank} \({HOST}\), last heard of at step (\d+)\.", message
+    )
+    assert told, message
+    num_steps = max(len(report.lines) for report in reports)
+    assert num_steps - 2 <= int(told[1]) <= num_steps
+
+
 @pytest.mark.parametrize(("size", "fused"), [(3, False), (4, True)])
 def test_survivors_of_a_kill_share_one_history_and_name_the_dead(ranks, size, fused):
     """The signal comes from outside, after 40 steps, wherever in a step the rank then is."""
@@ -101,7 +121,7 @@ def test_survivors_of_a_kill_share_one_history_and_name_the_dead(ranks, size, fu
         assert report.error is None
         error, message = report.result
         assert error == "MissingRankError"
-        assert "Did not come: rank 1." in message
+        assert_last_heard_of(1, reports, message)
 
 
 def test_survivors_of_a_stop_share_one_history_and_name_the_stopped(ranks):
@@ -114,7 +134,7 @@ def test_survivors_of_a_stop_share_one_history_and_name_the_stopped(ranks):
     for report in reports[:2]:
         error, message = report.result
         assert error == "MissingRankError"
-        assert "Did not come: rank 2." in message
+        assert_last_heard_of(2, reports, message)
 
 
 def test_if_the_store_died_with_its_rank_the_error_says_so(ranks):
@@ -132,6 +152,7 @@ def test_if_the_store_died_with_its_rank_the_error_says_so(ranks):
         assert error == "MissingRankError"
         assert "the store does not answer" in message
         assert "rank 0" in message
+        assert re.search(r"All 3 ranks were last heard of at step \d+\.", message)
 
 
 def killed_inside_the_optimizer(rank, size):

@@ -19,6 +19,7 @@ LIBRARY = ROOT / "shardscale"
 FLOORS = {
     "records": 0,
     "caller": 0,
+    "capturing": 0,
     "errors": 0,
     "policy": 1,
     "kernels": 1,

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 from shardscale.comm import Bond, Communicator, Solo
+from shardscale.comm.attendance import Crew
 from shardscale.comm.process_group import LARGE_FOR_GLOO, ProcessGroupComm, message_device
 from shardscale.comm.roll_call import RollCall
 from shardscale.errors import ConfigError
@@ -80,7 +81,7 @@ def comm_of(monkeypatch):
         module = "shardscale.comm.process_group"
         monkeypatch.setattr(torch, "get_device_module", lambda device: Available)
         monkeypatch.setattr(f"{module}.dist.get_backend_config", lambda group: config)
-        monkeypatch.setattr(f"{module}._get_process_group_store", lambda group: dist.HashStore())
+        monkeypatch.setattr(f"{module}._roll_call_of", lambda group, is_host: None)
         return ProcessGroupComm(group)
 
     return make
@@ -139,7 +140,8 @@ def test_a_store_keeps_what_many_ranks_tell_alike_only_once():
     came = [rank for rank in range(size) if rank != missing]
 
     # One after the other, and nobody waits: the last one finds what all the others have written.
-    *_, heard = [RollCall(store, "job", rank, size).gather(said[rank], 0.0) for rank in came]
+    calls = {r: RollCall(Crew(r, size, "n1"), "job", lambda: store, lambda: store) for r in came}
+    *_, heard = [calls[rank].gather(said[rank], 0.0) for rank in came]
 
     assert heard == [said[rank] if rank != missing else None for rank in range(size)]
     keys_of_ranks, texts, alarms = size - 1, 2, 1
