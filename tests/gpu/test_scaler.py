@@ -242,11 +242,11 @@ def test_the_report_comes_one_iteration_late():
 
 
 @pytest.mark.parametrize("optimizer", ["AdamW fused", "SGD fused"])
-def test_a_wish_to_stop_is_heard_without_a_word_to_the_host(optimizer):
+def test_a_wish_to_stop_is_heard_without_a_word_to_the_host(comm, optimizer):
     params = make_params()
     optimizer = OPTIMIZERS[optimizer](params)
     said, wishes = [], iter([False, False, True, False, False])
-    scaler = ShardedGradScaler("cuda", init_scale=1024.0).listen(lambda: next(wishes))
+    scaler = ShardedGradScaler("cuda", init_scale=1024.0, comm=comm).listen(lambda: next(wishes))
     for step in range(5):
         give_grads(params, 1024.0, 0)
         with host_reads_are("default" if step == 0 else "error"):
