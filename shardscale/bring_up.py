@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import time
 from collections.abc import Mapping
 
 import torch
@@ -12,11 +13,12 @@ import torch.distributed as dist
 from torch.distributed.constants import default_pg_timeout
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
+from shardscale.comm.base import require_time
 from shardscale.comm.env import RankEnv, resolve
 from shardscale.comm.incarnation import assemble
 from shardscale.comm.patience import within
 from shardscale.comm.rendezvous import meet
-from shardscale.errors import ConfigError, MissingRankError, StageError
+from shardscale.errors import MissingRankError, StageError
 
 __all__ = ["come_together", "connect", "init_distributed"]
 
@@ -25,7 +27,7 @@ logger = logging.getLogger(__name__)
 # What torch gives a store itself. Ranks of one job may start minutes apart, on nodes that still
 # fetch a container or read torch from a slow file system; a wait is talked about after 10 s.
 _TIMEOUT_S = 300.0
-_GRACE_S = 5.0
+_GRACE_S = 2.0  # for what a rank asks the store when time is up
 _CPU, _GPU = "gloo", "cpu:gloo,cuda:nccl"
 # The variables that this module has set itself; they say nothing about who launched the process.
 _ours: dict[str, str] = {}
@@ -69,9 +71,8 @@ def init_distributed(backend: str | None = None, *, timeout_s: float | None = No
             f"over {dist.get_backend()}. Call init_distributed instead of whatever did that; for "
             "this rank's place alone there is shardscale.comm.resolve(os.environ)."
         )
+    require_time(timeout_s)
     patience_s = _TIMEOUT_S if timeout_s is None else timeout_s
-    if patience_s <= 0:
-        raise ConfigError(f"timeout_s is {timeout_s}, but must be greater than 0, or None for 300.")
     environ = {name: value for name, value in os.environ.items() if _ours.get(name) != value}
     env, store, backend = come_together(environ, backend, patience_s)
     connect(env, store, backend, patience_s)
@@ -99,9 +100,10 @@ def come_together(
 
     Collective: every rank of the job must call.
     """
+    deadline = time.monotonic() + patience_s
     env, store = meet(resolve(environ), environ, patience_s)
     gpu = _own_gpu(env) if backend is None else ""
-    store, common = _assemble(env, store, gpu, patience_s)
+    store, common = _assemble(env, store, gpu, max(1.0, deadline - time.monotonic()))
     return env, store, backend or common
 
 

@@ -113,7 +113,10 @@ def check_mpi_size(environ: Mapping[str, str], size: int, library: str) -> None:
         ConfigError: The launcher started another number of ranks than MPI knows.
     """
     environ = {name: value for name, value in environ.items() if value}
-    env = next(_launched(environ), None)
+    launched = _launched(environ)
+    env = next(launched, None)
+    if env is not None and env.source == "torchrun" and _BY_TORCHRUN not in environ:
+        env = next(launched, env)  # the variables may be those that init_distributed has set
     if env is None or env.world_size == size:
         return
     is_openmpi = "Open MPI" in library

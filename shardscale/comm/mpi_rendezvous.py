@@ -91,6 +91,5 @@ def _listen(environ: Mapping[str, str], hosts: list[str]) -> tuple[socket.socket
             f"and does not know {others[0]!r} by name: set MASTER_ADDR to its address, or mend "
             "/etc/hosts."
         )
-    at = port(environ, "MASTER_PORT") if environ.get("MASTER_PORT") else 0
-    listener = listen("" if others else host, at)
+    listener = listen(host, port(environ, "MASTER_PORT") if environ.get("MASTER_PORT") else 0)
     return listener, f"{host}:{listener.getsockname()[1]}"

@@ -50,14 +50,15 @@ def meet(env: RankEnv, environ: Mapping[str, str], timeout_s: float) -> tuple[Ra
     elif env.address is None:
         env, listener = meet_over_mpi(env, environ, timeout_s)
     elif hosts_it and env.address not in _hosted:
-        listener = listen("", _split(env)[1])
+        listener = listen(*_split(env))
     if not hosts_it:
         _check_master(env, environ)
         _reach(env, timeout_s)
-    remaining_s = max(1.0, started + timeout_s - time.monotonic())
-    store = _open(env, hosts_it, listener, remaining_s)
-    # Should the port be another job's after all, nothing of ours may reach that one.
-    return env, PrefixStore(f"shardscale/{slurm.step(environ)}", store)
+    store = _open(env, hosts_it, listener, max(1.0, started + timeout_s - time.monotonic()))
+    # Should the port be another job's after all, nothing of ours may reach that one. Under mpirun
+    # it cannot be, and SLURM's variables differ between its ranks.
+    job = slurm.step(environ) if env.source == "slurm" else ""
+    return env, PrefixStore(f"shardscale/{job}", store)
 
 
 def _is_hosted_by_agent(environ: Mapping[str, str]) -> bool:

@@ -8,6 +8,7 @@ import os
 import socket
 from collections.abc import Iterable
 
+from shardscale.comm.variables import is_loopback
 from shardscale.errors import ConfigError
 
 __all__ = ["address_towards", "listen"]
@@ -19,29 +20,45 @@ def listen(host: str, port: int) -> socket.socket:
     """A listening socket; it is kept, so that nobody else takes the port in between.
 
     Args:
-        host: The address to listen at; "" for all of this machine.
+        host: Where others will look for it. It is at a loopback address only if this is one, else
+            at all addresses of this machine.
         port: The port; 0 for any that is free.
 
     Raises:
-        ConfigError: The port is taken or not allowed.
+        ConfigError: The port is taken or not allowed, or the host is another one.
     """
+    here = socket.gethostname()
     try:
-        if not host and socket.has_dualstack_ipv6():
-            try:
-                return socket.create_server(
-                    ("", port), family=socket.AF_INET6, backlog=_BACKLOG, dualstack_ipv6=True
-                )
-            except OSError as error:
-                if error.errno in (errno.EADDRINUSE, errno.EACCES):
-                    raise
-                # IPv6 is compiled in but turned off.
-        return socket.create_server((host, port), backlog=_BACKLOG)
+        listener = _bound(host if is_loopback(host) else "", port)
     except OSError as error:
         raise ConfigError(
-            f"Port {port} of {socket.gethostname()}, where rank 0 is to listen, cannot be had "
+            f"Port {port} of {here}, where rank 0 is to listen, cannot be had "
             f"({os.strerror(error.errno or 0)}): set MASTER_PORT to a free port, the same one on "
             "every rank."
         ) from error
+    try:
+        socket.create_connection((host, listener.getsockname()[1]), timeout=5).close()
+    except OSError as error:
+        listener.close()
+        raise ConfigError(
+            f"Rank 0 listens on {here}, but {host!r} does not lead there ({error}): set "
+            f"MASTER_ADDR to the address of {here}."
+        ) from error
+    return listener
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    if not host and socket.has_dualstack_ipv6():
+        try:
+            return socket.create_server(
+                ("", port), family=socket.AF_INET6, backlog=_BACKLOG, dualstack_ipv6=True
+            )
+        except OSError as error:
+            if error.errno in (errno.EADDRINUSE, errno.EACCES):
+                raise
+            # IPv6 is compiled in, but turned off.
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    return socket.create_server((host, port), family=family, backlog=_BACKLOG)
 
 
 def address_towards(peers: Iterable[str]) -> str | None:

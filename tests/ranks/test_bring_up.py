@@ -13,8 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.constants import default_pg_timeout
+from torch.distributed.distributed_c10d import _get_default_store
 
 from shardscale import ConfigError, init_distributed
+from shardscale.bring_up import _common_backend
 from tests.ranks.rank import outcome, scratch
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -75,12 +78,14 @@ def up_by_slurm(rank, size, job):
     before = dict(os.environ)
     env = init_distributed(timeout_s=20)
     after = {name: v for name, v in os.environ.items() if before.get(name) != v}
-    return env, summed(rank), dist.get_backend(), dist.get_rank(), after
+    gloo = dist.group.WORLD._get_backend(torch.device("cpu"))
+    timeouts = {gloo.options._timeout, _get_default_store().timeout}
+    return env, summed(rank), dist.get_backend(), dist.get_rank(), after, timeouts
 
 
 def test_a_slurm_step_meets_on_its_first_host(ranks):
     found = ranks.run(up_by_slurm, 3, backend=None, job=os.getpid())
-    for rank, (env, total, backend, group_rank, after) in enumerate(found):
+    for rank, (env, total, backend, group_rank, after, timeouts) in enumerate(found):
         assert (env.rank, env.world_size, env.source) == (rank, 3, "slurm")
         host, port = env.address.split(":")
         assert host == "localhost"
@@ -94,6 +99,7 @@ def test_a_slurm_step_meets_on_its_first_host(ranks):
             "MASTER_ADDR": host,
             "MASTER_PORT": port,
         }
+        assert timeouts == {default_pg_timeout}  # as torch makes a group, however long we waited
 
 
 def up_again_and_by_env(rank, size, port):
@@ -126,6 +132,45 @@ def test_a_process_alone_becomes_a_group_of_one(ranks):
     [(first, total, second, rank, world_size)] = ranks.run(up_alone, 1, backend=None)
     assert first.source == second.source == "alone"
     assert (total, rank, world_size) == (3, "0", "1")
+
+
+class Card:
+    def __init__(self, uuid):
+        self.uuid = uuid
+
+
+def up_with_gpus(rank, size, port, gpus):
+    """``gpus``: by rank, what it sees. There is no GPU, so nothing may be done with one."""
+    by_hand(rank, size, port)
+    torch.cuda.device_count = lambda: len(gpus[rank])
+    torch.cuda.get_device_properties = lambda index: Card(gpus[rank][index])
+    init_distributed(timeout_s=20)
+    return dist.get_backend()
+
+
+@pytest.mark.parametrize(
+    "gpus",
+    [
+        pytest.param([["a", "b"], []], id="one host has none"),
+        pytest.param([["a"], ["a"]], id="both see the same one"),
+    ],
+)
+def test_all_ranks_take_gloo_unless_each_has_a_gpu_to_itself(ranks, gpus):
+    found = ranks.run(up_with_gpus, 2, backend=None, port=free_port(), gpus=gpus)
+    assert found == ["gloo", "gloo"]
+
+
+@pytest.mark.parametrize(
+    ("gpus", "backend"),
+    [
+        (["a", "b"], "cpu:gloo,cuda:nccl"),
+        (["a"], "cpu:gloo,cuda:nccl"),
+        (["a", "b", "a"], "gloo"),
+        (["a", ""], "gloo"),
+    ],
+)
+def test_rank_0_chooses_the_backend_from_the_gpus_of_all(gpus, backend):
+    assert _common_backend(gpus) == backend
 
 
 def in_a_group(rank, size):
@@ -210,28 +255,25 @@ def pipe(name: str) -> Path:
 
 
 def two_jobs(rank, size, port):
-    """Ranks 0 and 1 are of one job, 2 and 3 of another, which was given the same port."""
-    job, rank = divmod(rank, 2)
-    is_up, gave_up = pipe(f"up{rank}"), pipe(f"gave_up{rank}")
-    by_slurm(rank, 2, job, MASTER_PORT=port)
-    if job == 1:
-        is_up.read_text()
+    """Ranks 0 and 2 are of one job. Rank 1 is of another, which was given the same port, and finds
+    the first one's rank 0 there, still waiting for its own."""
+    gave_up = pipe("gave_up")
+    if rank == 1:
+        by_slurm(1, 2, job=7, MASTER_PORT=port)
         found = timed(lambda: init_distributed(timeout_s=1))
         gave_up.write_text("gave up")
         return found
+    if rank == 2:
+        gave_up.read_text()
+    by_slurm(rank // 2, 2, job=6, MASTER_PORT=port)
     init_distributed(timeout_s=20)
-    is_up.write_text("up")
-    gave_up.read_text()
     return summed(1)
 
 
 def test_two_jobs_with_one_port_do_not_mix(ranks):
-    *first_job, (error0, message0, _), (error1, message1, _) = ranks.run(
-        two_jobs, 4, backend=None, port=free_port()
-    )
-    assert first_job == [2, 2]
-    assert error0 == "ConfigError" and "MASTER_PORT" in message0
-    assert error1 == "MissingRankError" and "rank 0 has not come" in message1
+    first, (error, message, _), second = ranks.run(two_jobs, 3, backend=None, port=free_port())
+    assert (first, second) == (2, 2)
+    assert error == "MissingRankError" and "rank 0 has not come" in message
 
 
 def on_the_second_node(rank, size, by_agent, host, port):

@@ -295,6 +295,12 @@ def test_several_worlds_of_one_are_refused(environ, library, words):
     assert all(word in str(caught.value) for word in words), str(caught.value)
 
 
+def test_what_init_distributed_has_set_does_not_hide_the_launcher():
+    afterwards = {**SRUN, **BY_HAND, "RANK": "2", "LOCAL_RANK": "0"}
+    with pytest.raises(ConfigError, match=r"SLURM_NTASKS is 4, .* --mpi=pmi2"):
+        check_mpi_size(afterwards, 1, "MPICH")
+
+
 def test_another_size_is_refused_without_talk_of_worlds_of_one():
     with pytest.raises(ConfigError, match=r"SLURM_NTASKS is 4, but MPI has 2 ranks: start"):
         check_mpi_size(SRUN, 2, "MPICH")
