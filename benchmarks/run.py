@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import bring_up
 import collectives
 import compiled
 import growth
@@ -36,6 +37,7 @@ GROUPS: dict[str, tuple[str, Callable[[int], list[Row]], int, int]] = {
     "one_process": ("One process", one_process.rows, 500, 30),
     "growth": ("Time beside the number of parameters, two ranks", growth.rows, 30, 3),
     "waiting": ("Not waiting for the device", waiting.rows, 100, 3),
+    "bring_up": ("Starting torch.distributed", bring_up.rows, 100, 5),
     "verdict_time": ("A verdict beside its all-reduce", verdict_time.rows, 200, 10),
 }
 
