@@ -71,6 +71,13 @@ _EXPORTS = "tests/repo/test_exports.py"
 _DOCTOR = "tests/doctor/test_on_ranks.py"
 _JUDGING = "tests/doctor/test_judging.py"
 
+_ENV = "tests/unit/test_env.py"
+_INNERMOST = f"{_ENV}::test_the_innermost_launcher_says_who_this_is"
+_REFUSED = f"{_ENV}::test_a_bad_environment_is_refused_by_variable_value_and_cure"
+_NODES = "tests/unit/test_nodelist.py"
+_SOCKETS = "tests/unit/test_sockets.py"
+_LIVES = "tests/unit/test_incarnation.py"
+_BRING_UP = "tests/ranks/test_bring_up.py"
 _MPI = "tests/cluster/test_mpi.py"
 _OVER_MPI = f"{_MPI}::test_mpi_keeps_the_contract[mpich-2]"
 
@@ -1459,5 +1466,172 @@ MUTANTS = [
             "tests/cluster/test_processes.py"
             "::test_an_orphan_in_a_session_of_its_own_is_found_and_ended",
         ),
+    ),
+    Mutant(
+        "a step of SLURM counts before the mpirun inside it",
+        "shardscale/comm/env.py",
+        "        if _is_complete(environ, names):\n",
+        "        if _is_complete(environ, names) and not slurm.in_step(environ):\n",
+        (_INNERMOST,),
+    ),
+    Mutant(
+        "a step of SLURM counts before the torchrun inside it",
+        "shardscale/comm/env.py",
+        "    if _is_complete(environ, _TORCH):\n        yield",
+        "    if _is_complete(environ, _TORCH) and not slurm.in_step(environ):\n        yield",
+        (_INNERMOST,),
+    ),
+    Mutant(
+        "a batch script counts as a task",
+        "shardscale/comm/slurm.py",
+        '    if "SLURM_STEP_ID" not in environ:\n        return False\n',
+        '    if "SLURM_STEP_ID" not in environ:\n        return "SLURM_PROCID" in environ\n',
+        (
+            _INNERMOST,
+            _REFUSED,
+        ),
+    ),
+    Mutant(
+        "an interactive step counts as one of srun",
+        "shardscale/comm/slurm.py",
+        "< _FIRST_SPECIAL_STEP\n",
+        "< 2 * _FIRST_SPECIAL_STEP\n",
+        (f"{_ENV}::test_a_shell_in_an_allocation_is_no_rank",),
+    ),
+    Mutant(
+        "a program started without srun runs alone",
+        "shardscale/comm/slurm.py",
+        "number(environ, name, 1) > 1:\n",
+        "number(environ, name, 1) > 10**9:\n",
+        (_REFUSED,),
+    ),
+    Mutant(
+        "launchers may disagree",
+        "shardscale/comm/env.py",
+        "number(environ, name, 0) != expected:",
+        "number(environ, name, 0) < 0:",
+        (_REFUSED,),
+    ),
+    Mutant(
+        "variables set by hand win over a larger world",
+        "shardscale/comm/env.py",
+        "    if outer is None or outer.world_size < env.world_size:\n",
+        "    if outer is None or outer.world_size != env.world_size:\n",
+        (_REFUSED,),
+    ),
+    Mutant(
+        "a rank may be the size of its world",
+        "shardscale/comm/variables.py",
+        "    if value >= size:\n",
+        "    if value > size:\n",
+        (_REFUSED,),
+    ),
+    Mutant(
+        "nodes may have different numbers of tasks",
+        "shardscale/comm/slurm.py",
+        "    if len(set(spread)) > 1 and",
+        "    if len(set(spread)) > 2 and",
+        (_REFUSED,),
+    ),
+    Mutant(
+        "a loopback master is fine for several hosts",
+        "shardscale/comm/env.py",
+        "    if env.num_nodes > 1 and is_loopback(host)",
+        "    if env.num_nodes > 9 and is_loopback(host)",
+        (_REFUSED,),
+    ),
+    Mutant(
+        "all steps of a job share a port",
+        "shardscale/comm/slurm.py",
+        "(job * _STEPS + step) %",
+        "(job * _STEPS) %",
+        (f"{_ENV}::test_neighbouring_jobs_and_steps_have_different_ports",),
+    ),
+    Mutant(
+        "several worlds of one pass",
+        "shardscale/comm/env.py",
+        "    if env is None or env.world_size == size:\n",
+        "    if env is None or size == 1:\n",
+        (f"{_ENV}::test_several_worlds_of_one_are_refused",),
+    ),
+    Mutant(
+        "a node list forgets its zeros",
+        "shardscale/comm/nodelist.py",
+        "[str(number).zfill(len(low)) for",
+        "[str(number) for",
+        (
+            f"{_NODES}::test_a_list_is_written_out",
+            f"{_NODES}::test_expanding_undoes_compressing",
+        ),
+    ),
+    Mutant(
+        "a node list pads by its upper bound",
+        "shardscale/comm/nodelist.py",
+        ".zfill(len(low))",
+        ".zfill(len(high))",
+        (f"{_NODES}::test_a_list_is_written_out",),
+    ),
+    Mutant(
+        "rank 0 tells a port that it has let go",
+        "shardscale/comm/mpi_rendezvous.py",
+        '    return listener, f"{host}:{listener.getsockname()[1]}"\n',
+        """\
+    address = f"{host}:{listener.getsockname()[1]}"
+    listener.close()
+    return listener, address
+""",
+        (f"{_SOCKETS}::test_ranks_of_one_host_meet_at_a_port_that_rank_0_already_has",),
+    ),
+    Mutant(
+        "an address of this host alone is offered to others",
+        "shardscale/comm/sockets.py",
+        "    return not (ip.is_loopback or",
+        "    return not (",
+        (f"{_SOCKETS}::test_ranks_of_several_hosts_need_an_address_that_is_not_each_hosts_own",),
+    ),
+    Mutant(
+        "an earlier life of a rank counts as present",
+        "shardscale/comm/incarnation.py",
+        "    word = uuid.uuid4().hex\n",
+        '    word = f"rank {rank}"\n',
+        (
+            f"{_LIVES}::test_all_ranks_share_keys_that_no_earlier_life_has_written",
+            f"{_LIVES}::test_a_rank_that_came_in_an_earlier_life_only_is_missing_in_this_one",
+        ),
+    ),
+    Mutant(
+        "two jobs that were given one port share their keys",
+        "shardscale/comm/rendezvous.py",
+        'slurm.step(environ) if env.source == "slurm" else ""',
+        '""',
+        (f"{_BRING_UP}::test_two_jobs_with_one_port_do_not_mix",),
+    ),
+    Mutant(
+        "torch's client waits for a store by itself",
+        "shardscale/comm/rendezvous.py",
+        "        store = within(timeout_s, connect)\n",
+        "        store = connect()\n",
+        (f"{_BRING_UP}::test_a_taken_port_is_named_at_once_and_nobody_waits_for_ever",),
+    ),
+    Mutant(
+        "the group keeps the patience of its start",
+        "shardscale/bring_up.py",
+        "    store.set_timeout(default_pg_timeout)\n",
+        "",
+        (f"{_BRING_UP}::test_a_slurm_step_meets_on_its_first_host",),
+    ),
+    Mutant(
+        "two ranks on one GPU take NCCL",
+        "shardscale/bring_up.py",
+        "all(gpus) and len(set(gpus)) == len(gpus)",
+        "all(gpus)",
+        (f"{_BRING_UP}::test_rank_0_chooses_the_backend_from_the_gpus_of_all",),
+    ),
+    Mutant(
+        "its own variables make a process another launcher's",
+        "shardscale/bring_up.py",
+        "if _ours.get(name) != value}",
+        "if _ours is not value}",
+        (f"{_BRING_UP}::test_a_process_alone_becomes_a_group_of_one",),
     ),
 ]
