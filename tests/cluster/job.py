@@ -44,9 +44,10 @@ class End(NamedTuple):
         assert self.error == "MissingRankError", self
         if "the store does not answer" in self.message:
             return None
-        found = re.search(r"Did not come: ranks? (.+), last heard of at step \d+\.", self.message)
+        found = re.search(r"Did not come: ranks? ((\d+( \([^)]*\))?(, )?)+)", self.message)
         assert found, self.message
-        return set(map(int, re.findall(r"(\d+) \(", found[1])))
+        without_hosts = re.sub(r"\([^)]*\)", "", found[1])
+        return set(map(int, re.findall(r"\d+", without_hosts)))
 
 
 def options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
