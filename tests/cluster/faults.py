@@ -1,6 +1,7 @@
 """Faults by address, which a rank of the job plants into itself: real signals, real silence.
 
-A fault is written ``kind:rank:step``. What the kinds do to that rank at that step:
+A fault is written ``kind:rank:step``, or ``kind:rank:step@start`` if it is not for the first start
+of the job. What the kinds do to that rank at that step:
 
 =============  =====================================================================
 nan            one element of its gradient becomes NaN
@@ -43,14 +44,16 @@ class Address(NamedTuple):
     kind: str
     rank: int
     step: int
+    start: int = 0  # torchrun may start the ranks again
 
     @classmethod
     def parse(cls, text: str) -> Address:
-        kind, rank, step = text.split(":")
-        return cls(kind, int(rank), int(step))
+        place, _, start = text.partition("@")
+        kind, rank, step = place.split(":")
+        return cls(kind, int(rank), int(step), int(start or 0))
 
     def __str__(self) -> str:
-        return ":".join(map(str, self))
+        return f"{self.kind}:{self.rank}:{self.step}@{self.start}"
 
 
 class Struck(NamedTuple):
@@ -63,8 +66,11 @@ class Struck(NamedTuple):
 class Faults:
     """The faults of a job, as one of its ranks plants them."""
 
-    def __init__(self, addresses: Sequence[Address], rank: int, size: int, folder: Path) -> None:
-        self._addresses = addresses
+    def __init__(
+        self, addresses: Sequence[Address], start: int, rank: int, size: int, folder: Path
+    ) -> None:
+        self._addresses = [address for address in addresses if address.start == start]
+        self._start = start
         self._rank = rank
         self._size = size
         self._folder = folder
@@ -123,14 +129,15 @@ class Faults:
         """Come so late that a neighbour can die while the sum is under way."""
         for fault in self._addresses:
             neighbour = (fault.rank - 1) % self._size
-            if fault == ("kill-during", fault.rank, self._step) and neighbour == self._rank:
+            is_now = (fault.kind, fault.step) == ("kill-during", self._step)
+            if is_now and neighbour == self._rank:
                 deadline = time.monotonic() + 20.0
                 while (victim := struck(self._folder, fault)) is None or _is_alive(victim.pid):
                     assert time.monotonic() < deadline, f"{fault} has not happened"
                     time.sleep(0.001)
 
     def _due(self, kind: str) -> list[Address]:
-        here = Address(kind, self._rank, self._step)
+        here = Address(kind, self._rank, self._step, self._start)
         return [fault for fault in self._addresses if fault == here]
 
     def _note(self, fault: Address) -> None:

@@ -59,7 +59,7 @@ def options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--timeout", type=float, default=3.0)
     parser.add_argument("--checkpoints", type=Path)
     parser.add_argument("--fault", type=Address.parse, action="append", default=[])
-    parser.add_argument("--later-fault", type=Address.parse, action="append", default=[])
+    parser.set_defaults(start=0)
     return parser.parse_args(arguments)
 
 
@@ -93,7 +93,7 @@ def end_of(folder: Path, rank: int) -> End | None:
 
 
 def _train(chosen: argparse.Namespace, rank: int, size: int, comm: Communicator | None) -> None:
-    faults = Faults(chosen.fault, rank, size, chosen.folder)
+    faults = Faults(chosen.fault, chosen.start, rank, size, chosen.folder)
     log = RankLog(chosen.folder, rank)
     model, optimizer = _model(chosen.model)
     if chosen.scaler == "deaf":
@@ -159,7 +159,9 @@ def _batch(step: int) -> Tensor:
 
 
 def _leave(folder: Path, rank: int, end: End) -> None:
-    (folder / f"rank{rank}.end").write_text(json.dumps(end))
+    path = folder / f"rank{rank}.end"
+    path.with_suffix(".end.new").write_text(json.dumps(end))
+    path.with_suffix(".end.new").rename(path)  # whoever finds it finds all of it
 
 
 def main() -> None:
@@ -168,10 +170,9 @@ def main() -> None:
     init_distributed("gloo")
     number = [sum(1 for _ in chosen.folder.glob("run*"))]
     dist.broadcast_object_list(number)  # as rank 0 has counted; torchrun's own counts may differ
-    chosen.folder /= f"run{number[0]}"
+    chosen.start = number[0]
+    chosen.folder /= f"run{chosen.start}"
     chosen.folder.mkdir(exist_ok=True)
-    if number[0] > 0:
-        chosen.fault = chosen.later_fault
     run(chosen, dist.get_rank(), dist.get_world_size())
     dist.destroy_process_group()
 
