@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 
 from torch.distributed.distributed_c10d import Store
 
+from shardscale.comm import incarnation
 from shardscale.comm.attendance import Attendance, Crew, Place, tell
 
 __all__ = ["GIVEN_UP", "RollCall", "introduce", "prefix_of_world"]
@@ -41,13 +42,16 @@ def prefix_of_world(num_ranks: int) -> str:
     """What the keys of this world begin with, so that none of an earlier one is ever read.
 
     A launcher may keep its store when it starts the processes anew, as torchrun does: with torch
-    2.13 a group that ``env://`` makes finds all keys of the one before. The count of restarts tells
-    the worlds apart. It stands still where nodes join or leave, but then the number of ranks
-    changes.
+    2.13 a group that ``env://`` makes finds all keys of the one before. By ``init_distributed`` the
+    ranks of a world have a name for it. Without that the count of restarts tells the worlds of one
+    node apart; it stands still where nodes join or leave, but then the number of ranks changes. It
+    is no name for a world of several nodes, because each node counts its own.
 
     Args:
         num_ranks: How many ranks the job has.
     """
+    if name := incarnation.current():
+        return f"shardscale/{name}"
     return f"shardscale/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{num_ranks}"
 
 

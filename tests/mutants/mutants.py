@@ -673,6 +673,13 @@ MUTANTS = [
         ),
     ),
     Mutant(
+        "the keys of a world begin with a count that its nodes do not share",
+        "shardscale/comm/roll_call.py",
+        "    if name := incarnation.current():\n",
+        "    if name := None:\n",
+        (f"{_ROLL}::test_nodes_that_count_restarts_for_themselves_share_their_keys",),
+    ),
+    Mutant(
         "every verdict is written to the store",
         "shardscale/comm/process_group.py",
         "        self._roll_call.last = place\n",

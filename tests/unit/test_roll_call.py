@@ -7,11 +7,16 @@ import threading
 import pytest
 import torch.distributed as dist
 
-from shardscale.comm import roll_call
+from shardscale.comm import incarnation, roll_call
 from shardscale.comm.attendance import Crew, Place
 from shardscale.comm.roll_call import RollCall, introduce, prefix_of_world
 
 FIRST = Place(1, 0)
+
+
+@pytest.fixture(autouse=True)
+def not_by_init_distributed(monkeypatch):
+    monkeypatch.setattr(incarnation, "_name", None)
 
 
 def one_of(store, rank=0, size=2):
@@ -54,6 +59,20 @@ def test_what_an_earlier_world_has_written_is_not(attempt, size, monkeypatch):
     assert f"Did not come: {others}, never heard of." in report(one_of(store, size=size))
     heard = one_of(store, size=size).gather("mine", 0.0)
     assert heard == ["mine"] + [None] * (size - 1)
+
+
+def test_nodes_that_count_restarts_for_themselves_share_their_keys(monkeypatch):
+    """As torchrun's do. What all ranks agree on is the name that ``init_distributed`` gave them."""
+
+    def prefixes():
+        incarnation.assemble(dist.HashStore(), 0, 1, 1.0, "", "".join)
+        for count in "01":
+            monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", count)
+            yield prefix_of_world(4)
+
+    before, after = set(prefixes()), set(prefixes())
+    assert len(before) == len(after) == 1
+    assert before != after
 
 
 def test_a_late_mark_is_overwritten_by_the_next_one():
