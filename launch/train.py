@@ -1,8 +1,11 @@
-"""The demo's training job for torchrun: `torchrun --nproc-per-node 4 launch/train.py --steps 100`.
+"""The program that every launcher starts: torchrun, srun, mpirun, or nobody.
 
-torchrun has started the ranks, on one machine or many; this program is one of them. It trains, and
-rank 0 shows what every rank ended with. Exit code on every rank: 0 if the ranks agree, 3 if they
-diverged, 2 for an option that cannot be used.
+    torchrun --nproc-per-node 4 launch/train.py --steps 100
+    srun --ntasks-per-node 4 python launch/train.py --checkpoint runs/a
+
+Each process finds out which rank it is and trains its part of the demo's model; rank 0 shows what
+every rank ended with. Exit code on every rank: 0 if the ranks agree, 3 if they diverged, 2 for an
+option or an environment that cannot be used, and 85 if they were told to stop before the end.
 """
 
 from __future__ import annotations
@@ -10,15 +13,51 @@ from __future__ import annotations
 import os
 import sys
 
+from shardscale import ConfigError, StopSignal
+from shardscale.comm import resolve
+
+# First of all: to import torch takes seconds, in which a signal would end the rank, and an
+# environment that is wrong can be told at once.
+try:
+    stop = StopSignal(os.environ.get("SHARDSCALE_STOP_SIGNAL", "USR2"))
+    resolve(os.environ)
+except ConfigError as error:
+    print(f"launch/train.py: {error}", file=sys.stderr)
+    sys.exit(2)
+
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
 import torch.distributed as dist
 import typer
+from checkpoints import load_newest, save
+from steplog import RankLog
 
+import shardscale
 from shardscale.demo.data import share_digits
-from shardscale.demo.flags import Inject, Json, Optimizer, Scaler, Steps, Wrap
-from shardscale.demo.job import device_type_for, joined_group, train
-from shardscale.demo.options import OptionError, check_json, check_options
+from shardscale.demo.flags import (
+    Checkpoint,
+    Comm,
+    Inject,
+    Json,
+    Optimizer,
+    SaveEvery,
+    Scaler,
+    StepLog,
+    Steps,
+    Verbose,
+    Wrap,
+)
+from shardscale.demo.job import joined_group
+from shardscale.demo.options import JobOptions, OptionError, check_json, check_options
 from shardscale.demo.play import conclude, exit_code, make_console
 from shardscale.demo.progress import show_progress
+from shardscale.demo.results import Tick
+from shardscale.demo.training import Training
+
+STOPPED = 85
 
 
 def main(
@@ -28,39 +67,105 @@ def main(
     inject: Inject = None,
     steps: Steps = 150,
     json: Json = None,
+    comm: Comm = "torch",
+    checkpoint: Checkpoint = None,
+    save_every: SaveEvery = 100,
+    step_log: StepLog = None,
+    verbose: Verbose = False,
 ) -> None:
-    """Train this rank's part of the demo's model."""
-    if "RANK" not in os.environ:
-        sys.exit("launch/train.py: start it with torchrun --nproc-per-node 4 launch/train.py")
-    is_first = os.environ["RANK"] == "0"
+    """Train this rank's part of the demo's model, whatever has launched it."""
+    is_first = True  # until that is known, every rank says what is wrong
     try:
-        options = check_options(
-            ranks=int(os.environ["WORLD_SIZE"]),
-            wrap=wrap,
-            optimizer=optimizer,
-            scaler=scaler,
-            steps=steps,
-            inject=inject,
-        )
-        # Only rank 0 writes; on another machine the folder need not exist.
-        check_json(json if is_first else None)
-    except OptionError as error:
+        with joined_group() as (env, device):
+            is_first = env.rank == 0
+            if is_first or verbose:
+                print(f"launch/train.py: {env}", flush=True)
+            options = check_options(
+                ranks=env.world_size,
+                wrap=wrap,
+                optimizer=optimizer,
+                scaler=scaler,
+                steps=steps,
+                inject=inject,
+            )
+            check_more(options, comm, checkpoint, save_every)
+            # Only rank 0 writes; on another machine the folder need not exist.
+            check_json(json if is_first else None)
+
+            training = Training(options, share_digits(device), communicator(comm))
+            if checkpoint:
+                training.go_on_after(load_newest(checkpoint, *training.parts))
+            log = RankLog(step_log, env.rank) if step_log else None
+            console = make_console(quiet=not is_first)
+            with show_progress(console, [options]) as show:
+                for tick in train(training, steps, checkpoint, save_every):
+                    if is_first:
+                        show(0, tick)
+                    if log:
+                        log.write(tick.step, tick.scale, training.witness)
+            if training.num_done < steps:
+                saved = f"and saved in {checkpoint}" if checkpoint else "without --checkpoint"
+                console.print(f"Told to stop: stopped after step {training.num_done}, {saved}.")
+                code = STOPPED
+            else:
+                result = training.result()
+                conclude(console, [(options, result)], json if is_first else None)
+                code = exit_code((options, result))
+            # The launcher ends all ranks as soon as one has left with a code other than 0. So none
+            # leaves before rank 0 has spoken, and from then on no signal changes the code.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            stop.ignore()
+            dist.barrier()
+            if mpi := sys.modules.get("mpi4py.MPI"):
+                mpi.Finalize()  # or `-m mpi4py` takes a code other than 0 for a broken rank
+    except (ConfigError, OptionError) as error:
         if is_first:
             print(f"launch/train.py: {error}", file=sys.stderr)
-        raise typer.Exit(2) from None
+        code = 2
+    raise typer.Exit(code)
 
-    console = make_console(quiet=not is_first)
-    device_type = device_type_for(int(os.environ["LOCAL_WORLD_SIZE"]))
-    with (
-        joined_group(device_type) as device,
-        show_progress(console, [options]) as on_tick,
-    ):
-        result = train(options, share_digits(device), lambda tick: on_tick(0, tick))
-        conclude(console, [(options, result)], json if is_first else None)
-        # torchrun ends all ranks as soon as one leaves with a code other than 0,
-        # so nobody leaves before rank 0 has spoken.
-        dist.barrier()
-    raise typer.Exit(exit_code((options, result)))
+
+def check_more(options: JobOptions, comm: str, checkpoint: Path | None, save_every: int) -> None:
+    """Say which of the options that only this program has cannot be used."""
+    if comm not in ("torch", "mpi"):
+        raise OptionError(f"--comm is '{comm}', but must be torch or mpi.")
+    if options.scaler == "torch" and (checkpoint or comm == "mpi"):
+        raise OptionError("--checkpoint and --comm mpi need --scaler shardscale.")
+    if save_every < 1:
+        raise OptionError(f"--save-every is {save_every}, but must be at least 1.")
+
+
+def communicator(comm: str) -> shardscale.Communicator | None:
+    """What the scaler agrees over; None for torch.distributed."""
+    if comm == "torch":
+        return None
+    from mpi4py import MPI
+
+    return shardscale.comm.MPIComm(MPI.COMM_WORLD)
+
+
+def train(
+    training: Training, steps: int, checkpoint: Path | None, save_every: int
+) -> Iterator[Tick]:
+    """Train to the end, or until the ranks are told to stop; save on the way.
+
+    Collective: every rank of the job must go through it to its end.
+    """
+    told_to_stop = listen(training.scaler)
+    stopped = False
+    while training.num_done < steps and not stopped:
+        yield training.step()
+        # The same answer on every rank after the same update(): all save, and all leave.
+        stopped = told_to_stop()
+        if checkpoint and (stopped or training.num_done % save_every == 0):
+            save(checkpoint, training.num_done, *training.parts)
+
+
+def listen(scaler: torch.amp.GradScaler) -> Callable[[], bool]:
+    """Have each verdict carry this rank's wish to stop; torch's scaler has none to carry it."""
+    if isinstance(scaler, shardscale.ShardedGradScaler):
+        return scaler.listen(stop).should_stop
+    return lambda: False
 
 
 if __name__ == "__main__":

@@ -49,6 +49,7 @@ class StopSignal:
                 "the main thread may set a handler. Make it there, before torch is imported."
             )
         self.received = False
+        self._number = number
         self._before = signal.getsignal(number)
         signal.signal(number, self._note)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {number})
@@ -59,6 +60,14 @@ class StopSignal:
     def __call__(self) -> bool:
         """Whether the signal has come."""
         return self.received
+
+    def ignore(self) -> None:
+        """Let the signal do nothing from now on; for a process on its way out.
+
+        Python gives up its handlers before the process is gone, and whoever repeats the signal
+        until it is would end it then, with another exit code.
+        """
+        signal.signal(self._number, signal.SIG_IGN)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = True

@@ -11,7 +11,20 @@ from shardscale.demo.optimizers import OPTIMIZERS
 from shardscale.demo.scalers import SCALERS
 from shardscale.demo.wrap import WRAPS
 
-__all__ = ["Inject", "Json", "Optimizer", "Ranks", "Scaler", "Steps", "Wrap"]
+__all__ = [
+    "Checkpoint",
+    "Comm",
+    "Inject",
+    "Json",
+    "Optimizer",
+    "Ranks",
+    "SaveEvery",
+    "Scaler",
+    "StepLog",
+    "Steps",
+    "Verbose",
+    "Wrap",
+]
 
 Ranks = Annotated[
     int | None,
@@ -49,4 +62,28 @@ Steps = Annotated[int, typer.Option("--steps", help="Training steps.")]
 Json = Annotated[
     Path | None,
     typer.Option("--json", metavar="FILE", help="Write the outcome to this file, too."),
+]
+Comm = Annotated[
+    str,
+    typer.Option(
+        "--comm", metavar="torch|mpi", help="What the scaler agrees over: torch.distributed or MPI."
+    ),
+]
+Checkpoint = Annotated[
+    Path | None,
+    typer.Option(
+        "--checkpoint",
+        metavar="FOLDER",
+        help="Save here now and then and when told to stop; go on from the newest that is there.",
+    ),
+]
+SaveEvery = Annotated[int, typer.Option("--save-every", help="Steps between two checkpoints.")]
+StepLog = Annotated[
+    Path | None,
+    typer.Option(
+        "--step-log", metavar="FOLDER", help="Write a line for each step, a file for each rank."
+    ),
+]
+Verbose = Annotated[
+    bool, typer.Option("--verbose", help="Have every rank say who it is, not only the first.")
 ]

@@ -1,28 +1,21 @@
-"""What one rank of the demo does: train, keep count, compare notes with the other ranks."""
+"""What one rank of the demo does: join the others, train, compare notes with them."""
 
 from __future__ import annotations
 
 import gc
-import os
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch import nn
-from torch.nn.functional import cross_entropy
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
-from shardscale.demo.data import Digits, test_set, training_batches
-from shardscale.demo.model import DigitsNet
-from shardscale.demo.optimizers import OPTIMIZERS
+import shardscale
+from shardscale.demo.data import Digits
 from shardscale.demo.options import JobOptions
-from shardscale.demo.overflow import overflow_
-from shardscale.demo.results import JobResult, RankRow, Tick
-from shardscale.demo.scalers import make_scaler
-from shardscale.demo.witness import StepWitness
-from shardscale.demo.wrap import WRAPS
+from shardscale.demo.results import JobResult, Tick
+from shardscale.demo.training import Training
 
 __all__ = ["TIMEOUT_S", "device_type_for", "joined_group", "train"]
 
@@ -38,21 +31,23 @@ def device_type_for(ranks: int) -> str:
 
 
 @contextmanager
-def joined_group(device_type: str) -> Iterator[torch.device]:
-    """Join the process group the launcher's environment describes, and leave it at the end.
+def joined_group() -> Iterator[tuple[shardscale.RankEnv, torch.device]]:
+    """Join the process group that the launcher's environment describes; leave it at the end.
+
+    Yields who this rank is, and the device on which it computes.
 
     Collective: every rank of the job must enter.
     """
-    if device_type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    env = shardscale.init_distributed()
+    _set_pg_timeout(timedelta(seconds=TIMEOUT_S))  # no public name for it (torch 2.13)
+    if device_type_for(env.local_world_size) == "cuda":
+        device = torch.device("cuda", env.local_rank)
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
         # The ranks share the cores; one thread each keeps them out of each other's way.
         torch.set_num_threads(1)
-    backend = "nccl" if device_type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=TIMEOUT_S))
-    yield device
+    yield env, device
     gc.collect()  # what FSDP leaves behind can abort Python when it ends (torch 2.13)
     # Not after an error: closing the connections then would make the others
     # fail as well, and one of them could be the first to be noticed and blamed.
@@ -69,59 +64,9 @@ def train(options: JobOptions, digits: Digits, on_tick: Callable[[Tick], None]) 
 
     Collective: every rank of the job must call.
     """
-    started = time.perf_counter()
-    rank, device = dist.get_rank(), digits.images.device
-    torch.manual_seed(0)
-    model = WRAPS[options.wrap](DigitsNet(), device)
-    optimizer = OPTIMIZERS[options.optimizer](model.parameters())
-    scaler = make_scaler(options.scaler, options.wrap, device.type)
-    batches = training_batches(digits, rank, options.ranks)
-    witness = StepWitness(model)
-    ticks: list[Tick] = []
-    overflowed: str | None = None
-
-    for step in range(1, options.steps + 1):
-        images, labels = next(batches)
-        with torch.autocast(device.type, dtype=torch.float16):
-            loss = cross_entropy(model(images), labels)
-        scaler.scale(loss).backward()
-        if options.inject:
-            overflowed = overflow_(model, options.inject, rank, step) or overflowed
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
-
-        witness.observe()
-        if rank == 0:
-            ticks.append(Tick(step, loss.item(), scaler.get_scale(), witness.skipped))
-            on_tick(ticks[-1])
-
-    row = RankRow(
-        rank=rank,
-        scale=scaler.get_scale(),
-        applied=witness.applied,
-        skipped=witness.skipped,
-        digest=witness.digest(),
-        accuracy=_accuracy(model, digits),
-    )
-    told: list[tuple[RankRow, list[Tick], str | None]] = [(row, ticks, overflowed)] * options.ranks
-    dist.all_gather_object(told, (row, ticks, overflowed))
-    return JobResult(
-        rows=tuple(row for row, _, _ in told),
-        ticks=tuple(told[0][1]),
-        overflowed=next((name for _, _, name in told if name), None),
-        device=device.type,
-        seconds=time.perf_counter() - started,
-    )
-
-
-def _accuracy(model: nn.Module, digits: Digits) -> float:
-    """Return the share of the test images that this rank's model gets right.
-
-    Collective: every rank must call, because FSDP gathers the layers.
-    """
-    images, labels = test_set(digits)
-    model.eval()
-    with torch.no_grad(), torch.autocast(images.device.type, dtype=torch.float16):
-        hits = model(images).argmax(1) == labels
-    return float(hits.float().mean())
+    training = Training(options, digits)
+    while training.num_done < options.steps:
+        tick = training.step()
+        if dist.get_rank() == 0:
+            on_tick(tick)
+    return training.result()

@@ -24,7 +24,7 @@ _MAX_LOSSES = 100
 
 def outcome(options: JobOptions, result: JobResult) -> dict[str, object]:
     """Return everything about one job in plain lists, dicts, strings and numbers."""
-    every = -(-len(result.ticks) // _MAX_LOSSES)
+    every = max(1, -(-len(result.ticks) // _MAX_LOSSES))
     return {
         "options": {
             **options._asdict(),

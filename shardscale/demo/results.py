@@ -8,7 +8,7 @@ __all__ = ["JobResult", "RankRow", "Tick"]
 
 
 class Tick(NamedTuple):
-    """One training step as rank 0 saw it."""
+    """One training step as one rank saw it."""
 
     step: int
     loss: float

@@ -16,16 +16,21 @@ SCALERS = ("shardscale", "torch")
 _GROWTH_INTERVAL = 50
 
 
-def make_scaler(name: str, wrap: str, device_type: str) -> torch.amp.GradScaler:
+def make_scaler(
+    name: str, wrap: str, device_type: str, comm: shardscale.Communicator | None = None
+) -> torch.amp.GradScaler:
     """Construct a scaler; torch's is the one its documentation names for this wrapping.
 
     Args:
         name: A name in ``SCALERS``.
         wrap: A name in ``WRAPS``.
         device_type: "cpu" or "cuda".
+        comm: What shardscale's agrees over; None for the process group.
     """
     if name == "shardscale":
-        return shardscale.ShardedGradScaler(device_type, growth_interval=_GROWTH_INTERVAL)
+        return shardscale.ShardedGradScaler(
+            device_type, growth_interval=_GROWTH_INTERVAL, comm=comm
+        )
     if wrap == "fsdp1":
         return TorchSharded(device_type, growth_interval=_GROWTH_INTERVAL)
     return torch.amp.GradScaler(device_type, growth_interval=_GROWTH_INTERVAL)

@@ -19,7 +19,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from shardscale.demo.data import share_digits
-from shardscale.demo.job import TIMEOUT_S, device_type_for, joined_group, train
+from shardscale.demo.job import TIMEOUT_S, joined_group, train
 from shardscale.demo.options import JobOptions
 from shardscale.demo.progress import OnTick
 from shardscale.demo.results import JobResult, Tick
@@ -51,9 +51,8 @@ def start_jobs(jobs: Sequence[JobOptions], on_tick: OnTick) -> list[JobResult]:
         RankError: A rank failed; the others have been ended.
         KeyboardInterrupt: Ctrl-C or SIGTERM; the ranks have been ended.
     """
-    ranks = jobs[0].ranks
     with _ticks_to(on_tick) as writer:
-        results = launch(ranks, _rank_main, tuple(jobs), device_type_for(ranks), writer)
+        results = launch(jobs[0].ranks, _rank_main, tuple(jobs), writer)
     first: list[JobResult] = results[0]
     return first
 
@@ -93,8 +92,8 @@ def launch(ranks: int, entry: Callable[..., Any], *args: object) -> dict[int, An
     return returned
 
 
-def _rank_main(jobs: Sequence[JobOptions], device_type: str, writer: Connection) -> list[JobResult]:
-    with joined_group(device_type) as device:
+def _rank_main(jobs: Sequence[JobOptions], writer: Connection) -> list[JobResult]:
+    with joined_group() as (_, device):
         digits = share_digits(device)
         return [
             train(job, digits, partial(_tell, writer, number)) for number, job in enumerate(jobs)

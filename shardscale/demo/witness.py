@@ -26,11 +26,13 @@ class StepWitness:
         self._digest = self.digest()
         self.applied = 0
         self.skipped = 0
+        self.just_skipped = False
 
     def observe(self) -> None:
         """Count the step just made as applied or skipped."""
         digest = self.digest()
-        if digest == self._digest:
+        self.just_skipped = digest == self._digest
+        if self.just_skipped:
             self.skipped += 1
         else:
             self.applied += 1

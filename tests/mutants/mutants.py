@@ -1641,4 +1641,25 @@ MUTANTS = [
         "if _ours is not value}",
         (f"{_BRING_UP}::test_a_process_alone_becomes_a_group_of_one",),
     ),
+    Mutant(
+        "jobs that share a node meet at one port",
+        "launch/torchrun.py",
+        "{_FIRST_PORT + int(job) % _NUM_PORTS}",
+        "{_FIRST_PORT}",
+        ("tests/launch/test_torchrun.py::test_jobs_that_share_a_node_do_not_meet",),
+    ),
+    Mutant(
+        "every node of a job holds the meeting point",
+        "launch/torchrun.py",
+        "is_host={int(environ['SLURM_NODEID'] == '0')}",
+        "is_host=1",
+        ("tests/launch/test_torchrun.py::test_all_nodes_of_a_job_meet_on_the_first",),
+    ),
+    Mutant(
+        "a job is requeued for ever",
+        "launch/sbatch.py",
+        "if ((restarts >= max_requeues)); then",
+        "if ((restarts < 0)); then",
+        ("tests/launch/test_batch_scripts.py::test_a_job_is_not_requeued_for_ever",),
+    ),
 ]

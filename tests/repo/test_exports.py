@@ -71,25 +71,32 @@ def test_every_public_name_has_its_own_docstring(package: str):
         assert not own.startswith(f"{name}("), name
 
 
-def test_what_is_imported_at_its_first_use_is_what_type_checkers_see():
-    """Both lists of the front name the same homes, and whatever is neither does not exist."""
-    front = load("shardscale")
+@pytest.mark.parametrize("package", ["shardscale", "comm"])
+def test_what_is_imported_at_its_first_use_is_what_type_checkers_see(package: str):
+    """Both lists of a front name the same homes, and whatever is neither does not exist."""
+    front = load(package)
     tree = ast.parse(Path(front.__file__).read_text())
     typed = next(node for node in tree.body if isinstance(node, ast.If))
     assert ast.unparse(typed.test) == "typing.TYPE_CHECKING"
     imports = [node for node in typed.body if isinstance(node, ast.ImportFrom)]
     assert {
-        alias.name: node.module.removeprefix("shardscale.")
+        alias.name: node.module.removeprefix(f"{front.__name__}.")
         for node in imports
         for alias in node.names
     } == front._HOMES
-    assert front.kernels is importlib.import_module("shardscale.kernels")
     assert set(front.__all__) <= set(dir(front))
-    with pytest.raises(AttributeError, match=r"module 'shardscale' has no attribute 'scalar'"):
+    no_such_name = f"module '{front.__name__}' has no attribute 'scalar'"
+    with pytest.raises(AttributeError, match=no_such_name):
         _ = front.scalar
 
 
-@pytest.mark.parametrize("name", ["shardscale", "shardscale.preemption", "shardscale.errors"])
+def test_a_module_of_the_library_is_imported_at_its_first_use():
+    assert load("shardscale").kernels is importlib.import_module("shardscale.kernels")
+
+
+@pytest.mark.parametrize(
+    "name", ["shardscale", "shardscale.comm", "shardscale.errors", "shardscale.preemption"]
+)
 def test_what_comes_before_torch_does_not_import_it(name: str):
     program = f"import {name}, sys; sys.exit(bool({{'torch', 'numpy'}} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=False).returncode == 0

@@ -91,6 +91,7 @@ RUN_THE_DEMO = ("shardscale/demo/", "shardscale/cli.py", "launch/")
 # Program -> what it may import besides, because that is what it is about.
 ABOUT = {
     "benchmarks/ahead_of_time.py": {"shardscale.kernels.triton"},
+    "launch/torchrun.py": {"shardscale.comm.nodelist"},
     "shardscale/cli.py": {"shardscale.doctor.command"},
 }
 PUBLIC_MODULES = {

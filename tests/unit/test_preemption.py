@@ -155,6 +155,23 @@ def test_without_a_signal_none_is_received():
     assert in_a_process(program, lambda pid: None) == "False\n"
 
 
+@pytest.mark.parametrize(("leaving", "code"), [("stop.ignore()", 0), ("", -signal.SIGUSR2)])
+def test_a_process_on_its_way_out_is_not_ended_by_a_signal_that_is_ignored(leaving: str, code: int):
+    """When the last objects are deleted Python has no handlers any more."""
+    program = f"""
+import os, signal
+from shardscale.preemption import StopSignal
+class Last:
+    def __del__(self, kill=os.kill, pid=os.getpid(), number=signal.SIGUSR2):
+        kill(pid, number)
+last = Last()
+stop = StopSignal()
+{leaving}
+"""
+    done = subprocess.run([sys.executable, "-S", "-c", program], cwd=ROOT, timeout=60, check=False)
+    assert done.returncode == code
+
+
 # --- The scaler of one rank. ----------------------------------------------------------------------
 
 
