@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -45,11 +46,10 @@ class Line:
         # As long as there is no duplicate the ranks can talk only beside the program's own
         # messages. They do so when they give up, with a tag that hardly any program uses.
         self.talk = Talk(comm, MPI.COMM_WORLD.Get_attr(MPI.TAG_UB))
-        self._comm, duplication = comm.Idup()
-        self._complete(duplication, _MAKING, timeout_s)
+        self._complete(lambda: self._duplicate(comm), _MAKING, timeout_s)
         name = MPI.Get_processor_name().encode()[:_HOST_BYTES].ljust(_HOST_BYTES, b"\0")
         names = bytearray(_HOST_BYTES * self._size)
-        self._complete(self._comm.Iallgather(name, names), _MAKING, timeout_s)
+        self._complete(lambda: self._comm.Iallgather(name, names), _MAKING, timeout_s)
         self._hosts = [
             names[i : i + _HOST_BYTES].rstrip(b"\0").decode(errors="replace")
             for i in range(0, len(names), _HOST_BYTES)
@@ -70,34 +70,39 @@ class Line:
                 f"because {self._why_broken}. Start the job again from its last checkpoint."
             )
         self._mine[:] = numbers
-        gathering = self._comm.Iallgather(self._mine, self._rows)
-        self._complete(gathering, f"verdict {self.num_verdicts + 1}", timeout_s)
+        what = f"verdict {self.num_verdicts + 1}"
+        self._complete(lambda: self._comm.Iallgather(self._mine, self._rows), what, timeout_s)
         self.num_verdicts += 1
         return self._rows
 
-    def _complete(self, request: MPI.Request, what: str, timeout_s: float) -> None:
-        """Wait for an operation. If it does not complete, the line is broken for good."""
+    def _duplicate(self, comm: MPI.Intracomm) -> MPI.Request:
+        self._comm, request = comm.Idup()
+        return request
+
+    def _complete(self, start: Callable[[], MPI.Request], what: str, timeout_s: float) -> None:
+        """Start an operation and wait. If it does not complete, the line is broken for good."""
         at = self.num_verdicts + 1
         self._why_broken = f"{what} was interrupted"
         try:
-            why = self._why_not(request, at, timeout_s)
+            why = self._why_not(start, at, timeout_s)
             self._why_broken = why and f"{what} did not complete ({why})"
         finally:
             if self._why_broken:
-                keep_for_ever((self, request))
+                keep_for_ever(self)
         if why:
             raise MissingRankError(
                 f"rank {self._rank} of {self._size}: {self._why_broken}. {self._who_came(at)}"
             )
 
-    def _why_not(self, request: MPI.Request, at: int, timeout_s: float) -> str:
-        """Wait; empty if the operation has completed, else why this rank gave it up."""
+    def _why_not(self, start: Callable[[], MPI.Request], at: int, timeout_s: float) -> str:
+        """Start and wait; empty if the operation has completed, else why it was given up."""
 
         def is_hopeless() -> bool:
             return bool(self.talk.gave_up(at) or self.talk.elsewhere(at))
 
         try:
-            is_done = wait(request.Test, is_hopeless, timeout_s)
+            self._request = start()
+            is_done = wait(self._request.Test, is_hopeless, timeout_s)
         except RuntimeError as error:  # as mpi4py's are
             return f"{type(error).__name__}: {error}"
         # A rank that comes when the others have gone finds their numbers all the same.

@@ -9,6 +9,7 @@ import pickle
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 __all__ = ["Talk", "keep_for_ever", "say_ranks", "wait"]
@@ -62,6 +63,7 @@ class Talk:
         self._tag = tag
         self._rank: int = comm.Get_rank()
         self._size: int = comm.Get_size()
+        self._others = [rank for rank in range(self._size) if rank != self._rank]
         self._gathers = itertools.count(1)
         self._num_gathers = 0
         self._gave_up: dict[int, int] = {}  # by rank, the verdict that it waits for no longer
@@ -114,7 +116,7 @@ class Talk:
 
         def is_complete() -> bool:
             self._listen()
-            return len(told) == self._size and all(send.Test() for send in sends)
+            return len(told) == self._size and all(map(_is_over, sends))
 
         if not wait(is_complete, _never, timeout_s):
             keep_for_ever(sends)
@@ -123,12 +125,23 @@ class Talk:
     def _tell(self, message: tuple[int, int | str, object]) -> list[Any]:
         """Start to send a message to all other ranks."""
         text = pickle.dumps(message)
-        others = (rank for rank in range(self._size) if rank != self._rank)
-        return [self._comm.Isend(text, rank, self._tag) for rank in others]
+        sends = []
+        for rank in self._others:
+            with suppress(RuntimeError):  # it is dead, and this MPI knows
+                sends.append(self._comm.Isend(text, rank, self._tag))
+        return sends
 
     def _listen(self) -> None:
         """Take in what has arrived."""
-        while (message := self._comm.improbe(tag=self._tag)) is not None:
+        try:
+            self._take()
+        except RuntimeError:  # a rank is dead, and may have been any that is listened to
+            for rank in self._others:
+                with suppress(RuntimeError):
+                    self._take(source=rank)
+
+    def _take(self, **source: int) -> None:
+        while (message := self._comm.improbe(tag=self._tag, **source)) is not None:
             rank, what, content = message.recv()
             if what == "gave up":
                 self._gave_up[rank] = content
@@ -148,6 +161,13 @@ def keep_for_ever(thing: object) -> None:
 def say_ranks(ranks: list[int]) -> str:
     """Ranks for people."""
     return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(map(str, ranks))
+
+
+def _is_over(send: Any) -> bool:
+    try:
+        return bool(send.Test())
+    except RuntimeError:  # whoever it was for is dead
+        return True
 
 
 def _never() -> bool:

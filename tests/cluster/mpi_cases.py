@@ -137,6 +137,28 @@ def disagreement(world: MPI.Intracomm) -> Any:
     return found
 
 
+def fault_of_one(world: MPI.Intracomm) -> Any:
+    """The first rank has one parameter in two optimizers, and joins before it raises."""
+    p, optimizer, scaler = make(MPIComm(world))
+    twice = torch.optim.SGD([p], lr=0.5)
+    scaler.scale(torch.ones(()))
+    p.grad = torch.full_like(p, 8.0)
+    optimizers = [optimizer, twice] if world.rank == 0 else [optimizer]
+    return raised(lambda: scaler.step(optimizers), p)
+
+
+def wish_to_stop(world: MPI.Intracomm) -> Any:
+    """The last rank alone wishes it, in the third step."""
+    p, optimizer, scaler = make(MPIComm(world))
+    step = 0
+    scaler.listen(lambda: step == 2 and world.rank == world.size - 1)
+    found = []
+    for step in range(4):  # noqa: B007 - the wish reads it
+        iterate(p, optimizer, scaler)
+        found.append(scaler.should_stop())
+    return found
+
+
 def read_late(world: MPI.Intracomm) -> Any:
     """They disagree in the first iteration. The first rank reads it at once, the others, whose
     optimizers are fused, wait in the next verdict by then."""
@@ -347,6 +369,8 @@ CASES: list[Callable[[MPI.Intracomm], Any]] = [
     norm,
     state,
     disagreement,
+    fault_of_one,
+    wish_to_stop,
     read_late,
     copies,
     two_scalers,

@@ -121,6 +121,24 @@ def test_ranks_that_disagree_all_raise_and_move_nothing(kind: str, size: int):
 
 
 @on(*SIZES)
+def test_a_rank_at_fault_raises_its_own_error_and_the_others_hear_of_it(kind: str, size: int):
+    (error, message, parameter), *others = run(kind, size)["fault_of_one"]
+    assert error == "LayoutError"
+    assert parameter == [1.0] * 3
+    for error, heard, parameter in others:
+        assert error == "DisagreementError"
+        assert f"rank 0 raised LayoutError: {message.rstrip('.')}" in heard
+        assert parameter == [1.0] * 3
+
+
+@on(*SIZES)
+def test_the_wish_of_one_rank_stops_all_at_one_step(kind: str, size: int):
+    answers = run(kind, size)["wish_to_stop"]
+    assert all(answer == answers[0] for answer in answers)
+    assert answers[0].count(False) >= 2 and answers[0][-1]
+
+
+@on(*SIZES)
 def test_a_rank_that_waits_hears_of_a_disagreement_that_others_have_read(kind: str, size: int):
     """It would wait for them in vain; what it raises is what it would have read later itself."""
     for error, message, parameter, seconds in run(kind, size)["read_late"]:

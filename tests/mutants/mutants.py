@@ -1354,7 +1354,7 @@ MUTANTS = [
         """\
         if (gone := self.talk.gave_up(at)) and not is_done:
             return""",
-        (f"{_MPI}::test_who_does_not_come_is_named_with_host_and_last_verdict[mpich-3]",),
+        (f"{_MPI}::test_who_does_not_come_is_named_with_host_and_last_verdict[openmpi-3]",),
     ),
     Mutant(
         "over MPI the patient do not hear who has given up",

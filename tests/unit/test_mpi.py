@@ -5,14 +5,15 @@ from __future__ import annotations
 import builtins
 import itertools
 import pickle
+from unittest.mock import Mock
 
 import pytest
 import torch
 
 from shardscale import ShardedGradScaler
-from shardscale.comm import Bond, MPIComm, Solo
+from shardscale.comm import Bond, MPIComm, Solo, mpi_talk
 from shardscale.comm.base import FIRST_TIMEOUT_S, Timed
-from shardscale.comm.mpi_talk import wait
+from shardscale.comm.mpi_talk import Talk, wait
 from shardscale.errors import ConfigError, StageError
 
 
@@ -41,6 +42,36 @@ def test_waiting_ends_with_the_time_or_with_hope():
     polls = itertools.count()
     assert not wait(lambda: next(polls) > 3000, lambda: False, 0.01)  # 3 s away
     assert not wait(lambda: next(polls) > 3000, lambda: True, 60.0)
+
+
+def dying(*told: tuple[object, ...]) -> Mock:
+    """What rank 0 of three has, when its MPI has noticed the death of rank 2.
+
+    Args:
+        told: The messages of rank 1.
+    """
+    arrived = list(told)
+    dead = RuntimeError("MPI_ERR_PROC_FAILED")
+
+    def send(text: bytes, rank: int, tag: int) -> Mock:
+        if rank == 2:
+            raise dead
+        return Mock(Test=Mock(side_effect=dead))
+
+    def probe(tag: int, source: int | None = None) -> Mock | None:
+        if source in (None, 2):
+            raise dead
+        return Mock(recv=lambda: arrived.pop(0)) if arrived else None
+
+    return Mock(Get_rank=lambda: 0, Get_size=lambda: 3, Isend=Mock(side_effect=send), improbe=probe)
+
+
+def test_a_death_that_mpi_has_noticed_hides_nobody_else(monkeypatch):
+    """It then listens to no rank in particular any more, and sends nothing to the dead one."""
+    monkeypatch.setattr(mpi_talk, "_GRACE_S", 0.0)
+
+    assert Talk(dying((1, "gave up", 7)), 1).call_roll(7) == [0, 1]
+    assert Talk(dying((1, 1, (6, "one"))), 1).gather("zero", 6, 0.0) == ["zero", "one", None]
 
 
 class Clock(Solo):
