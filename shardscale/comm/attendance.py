@@ -26,11 +26,11 @@ class Place(NamedTuple):
 
 
 class Attendance(NamedTuple):
-    """What was found in the store. Ranks are numbered in the group."""
+    """What was found in the store, or told by the ranks. They are numbered in the group."""
 
     answered: dict[int, Place]  # they are there now, waiting for this verdict
     late: dict[int, Place]  # where they last waited for long
-    hosts: dict[int, str]  # of every rank that has made a scaler
+    hosts: dict[int, str]  # of every rank that has made a scaler, or its side of the communicator
 
 
 class Crew(NamedTuple):
@@ -113,7 +113,7 @@ def _missing(missing: set[int], crew: Crew, hosts: dict[int, str], last: Place |
     made_one = missing & hosts.keys()
     parts = []
     if made_one:
-        parts.append(f"{crew.name(made_one, hosts)}, with a scaler but never at a verdict")
+        parts.append(f"{crew.name(made_one, hosts)}, ready but never at a verdict")
     if missing - made_one:
         parts.append(f"{crew.name(missing - made_one, hosts)}, never heard of")
     return "; ".join(parts)

@@ -52,6 +52,7 @@ class MPIComm:
         self.rank: int = comm.Get_rank()
         self.size: int = comm.Get_size()
         self.timeout_s = timeout_s
+        self.step_under_way: int | None = None
         self._line = Line(comm, timeout_s or FIRST_TIMEOUT_S)
 
     def within(self, timeout_s: float) -> MPIComm:
@@ -81,7 +82,7 @@ class MPIComm:
         timeout_s = self.timeout_s
         if timeout_s is None:
             timeout_s = FIRST_TIMEOUT_S if self._line.num_verdicts == 0 else _LATER_TIMEOUT_S
-        rows = self._line.exchange(buffer.tolist(), timeout_s)
+        rows = self._line.exchange(buffer.tolist(), self.step_under_way, timeout_s)
         # One after the other. A sum may add by halves, on another machine by others.
         buffer.copy_(torch.from_numpy(np.add.accumulate(rows)[-1]))
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from shardscale.comm.mpi_talk import Talk, keep_for_ever, say_ranks, wait
+from shardscale.comm.attendance import Attendance, Crew, Place, tell
+from shardscale.comm.mpi_talk import Talk, keep_for_ever, wait
 from shardscale.errors import MissingRankError
 
 if TYPE_CHECKING:
@@ -18,7 +20,6 @@ __all__ = ["Line"]
 
 _TAG = 1
 _HOST_BYTES = 64  # the longest name that Linux allows
-_MAKING = "making its MPIComm"
 
 
 class Line:
@@ -37,27 +38,37 @@ class Line:
     def __init__(self, comm: MPI.Intracomm, timeout_s: float) -> None:
         from mpi4py import MPI
 
+        host = MPI.Get_processor_name()
         self.num_verdicts = 0
-        self._rank, self._size = comm.Get_rank(), comm.Get_size()
-        self._hosts: list[str] = []
+        self._last: Place | None = None  # the newest verdict that is complete
+        self._crew = Crew(comm.Get_rank(), comm.Get_size(), host)
+        self._hosts: dict[int, str] = {}
         self._why_broken = ""
         self._mine = np.empty(2)
-        self._rows = np.empty((self._size, 2))
+        self._rows = np.empty((self._crew.size, 2))
         # As long as there is no duplicate the ranks can talk only beside the program's own
         # messages. They do so when they give up, with a tag that hardly any program uses.
         self.talk = Talk(comm, MPI.COMM_WORLD.Get_attr(MPI.TAG_UB))
-        self._complete(lambda: self._duplicate(comm), _MAKING, timeout_s)
-        name = MPI.Get_processor_name().encode()[:_HOST_BYTES].ljust(_HOST_BYTES, b"\0")
-        names = bytearray(_HOST_BYTES * self._size)
-        self._complete(lambda: self._comm.Iallgather(name, names), _MAKING, timeout_s)
-        self._hosts = [
-            names[i : i + _HOST_BYTES].rstrip(b"\0").decode(errors="replace")
-            for i in range(0, len(names), _HOST_BYTES)
-        ]
+        making = Place(1, None)
+        self._complete(lambda: self._duplicate(comm), making, "making its MPIComm", timeout_s)
+        name = host.encode()[:_HOST_BYTES].ljust(_HOST_BYTES, b"\0")
+        names = bytearray(_HOST_BYTES * self._crew.size)
+        gather = functools.partial(self._comm.Iallgather, name, names)
+        self._complete(gather, making, "making its MPIComm", timeout_s)
+        for rank in range(self._crew.size):
+            name = names[rank * _HOST_BYTES : (rank + 1) * _HOST_BYTES]
+            self._hosts[rank] = name.rstrip(b"\0").decode(errors="replace")
         self.talk = Talk(self._comm, _TAG)
 
-    def exchange(self, numbers: list[float], timeout_s: float) -> NDArray[np.float64]:
+    def exchange(
+        self, numbers: list[float], step: int | None, timeout_s: float
+    ) -> NDArray[np.float64]:
         """The two numbers of every rank, (size, 2); the next exchange overwrites them.
+
+        Args:
+            numbers: This rank's.
+            step: The scaler's number of updates, if it is known.
+            timeout_s: Seconds.
 
         Raises:
             MissingRankError: not all ranks came in time, now or before.
@@ -66,76 +77,79 @@ class Line:
         """
         if self._why_broken:
             raise MissingRankError(
-                f"rank {self._rank} of {self._size}: this communicator cannot be used any more, "
-                f"because {self._why_broken}. Start the job again from its last checkpoint."
+                f"{self._crew.myself}: this communicator cannot be used any more, because "
+                f"{self._why_broken}. Start the job again from its last checkpoint."
             )
         self._mine[:] = numbers
-        what = f"verdict {self.num_verdicts + 1}"
-        self._complete(lambda: self._comm.Iallgather(self._mine, self._rows), what, timeout_s)
-        self.num_verdicts += 1
+        place = Place(self.num_verdicts + 1, step)
+        gather = functools.partial(self._comm.Iallgather, self._mine, self._rows)
+        self._complete(gather, place, str(place), timeout_s)
+        self.num_verdicts, self._last = place.verdict, place
         return self._rows
 
     def _duplicate(self, comm: MPI.Intracomm) -> MPI.Request:
         self._comm, request = comm.Idup()
         return request
 
-    def _complete(self, start: Callable[[], MPI.Request], what: str, timeout_s: float) -> None:
+    def _complete(
+        self, start: Callable[[], MPI.Request], place: Place, what: str, timeout_s: float
+    ) -> None:
         """Start an operation and wait. If it does not complete, the line is broken for good."""
-        at = self.num_verdicts + 1
         self._why_broken = f"{what} was interrupted"
         try:
-            why = self._why_not(start, at, timeout_s)
-            self._why_broken = why and f"{what} did not complete ({why})"
+            how = self._how_it_failed(start, place.verdict, timeout_s)
+            self._why_broken = how and f"{what} did not complete{how}"
         finally:
             if self._why_broken:
                 keep_for_ever(self)
-        if why:
+        if how:
             raise MissingRankError(
-                f"rank {self._rank} of {self._size}: {self._why_broken}. {self._who_came(at)}"
+                f"{self._crew.myself}: {self._why_broken}. {self._who_came(place)}"
             )
 
-    def _why_not(self, start: Callable[[], MPI.Request], at: int, timeout_s: float) -> str:
-        """Start and wait; empty if the operation has completed, else why it was given up."""
+    def _how_it_failed(
+        self, start: Callable[[], MPI.Request], verdict: int, timeout_s: float
+    ) -> str:
+        """Start and wait; empty if the operation has completed, else what became of it."""
 
         def is_hopeless() -> bool:
-            return bool(self.talk.gave_up(at) or self.talk.elsewhere(at))
+            return bool(self.talk.gave_up(verdict) or self.talk.elsewhere(verdict))
 
         try:
             self._request = start()
             is_done = wait(self._request.Test, is_hopeless, timeout_s)
         except RuntimeError as error:  # as mpi4py's are
-            return f"{type(error).__name__}: {error}"
+            return f" ({type(error).__name__}: {error})"
         # A rank that comes when the others have gone finds their numbers all the same.
-        if gone := self.talk.gave_up(at):
-            return f"{say_ranks(gone)} gave it up"
+        if gone := self.talk.gave_up(verdict):
+            return f" ({self._name(gone)} gave it up)"
         if is_done:
             return ""
-        if elsewhere := self.talk.elsewhere(at):
-            return f"{say_ranks(elsewhere)} raised an error instead"
-        return f"not complete after {timeout_s:g} s"
+        if elsewhere := self.talk.elsewhere(verdict):
+            return f" ({self._name(elsewhere)} raised an error instead)"
+        return f" within {timeout_s:g} s"
 
-    def _who_came(self, at: int) -> str:
+    def _who_came(self, place: Place) -> str:
         """In sentences: who is missing, where and since when, and what to do."""
-        if self.talk.elsewhere(at) and not self.talk.gave_up(at):
+        if self.talk.elsewhere(place.verdict) and not self.talk.gave_up(place.verdict):
             return "What it raised says what to mend."
-        came = self.talk.call_roll(at)
-        missing = [rank for rank in range(self._size) if rank not in came]
-        who = "All ranks came in the end, but too late for some."
-        if missing:
-            names = ", ".join(f"rank {rank}{self._last_seen(rank, at)}" for rank in missing)
-            who = f"Did not come: {names}. Came: {say_ranks(came)}."
+        answered = self.talk.call_roll(place)
+        if len(answered) == self._crew.size - 1:
+            who = (
+                "All ranks came in the end, but too late for some; if one is slow, raise timeout_s."
+            )
+        else:
+            who = tell(Attendance(answered, {}, self._hosts), self._crew, place, self._last)
         first = ""
-        if at == 1:
+        if place.verdict == 1:
             first = (
                 " If some ranks never train, make the MPIComm of a communicator of those that do, "
                 "as Split() gives."
             )
         return (
-            f"{who} Every rank must make every call of the scaler; if one is slow, raise timeout_s."
-            f"{first} MPI cannot take back a call: start the job again from its last checkpoint."
+            f"{who}{first} MPI cannot take back a call: start the job again from its last "
+            "checkpoint."
         )
 
-    def _last_seen(self, rank: int, at: int) -> str:
-        if not self._hosts:  # not even made yet
-            return ""
-        return f" ({self._hosts[rank]}" + (f", last at verdict {at - 1})" if at > 1 else ")")
+    def _name(self, ranks: Iterable[int]) -> str:
+        return self._crew.name(ranks, self._hosts)

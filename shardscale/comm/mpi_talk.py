@@ -12,7 +12,9 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-__all__ = ["Talk", "keep_for_ever", "say_ranks", "wait"]
+from shardscale.comm.attendance import Place
+
+__all__ = ["Talk", "keep_for_ever", "wait"]
 
 # Ranks that wait look for messages every millisecond; the rest is for a machine under load.
 _GRACE_S = 2.0
@@ -66,40 +68,37 @@ class Talk:
         self._others = [rank for rank in range(self._size) if rank != self._rank]
         self._gathers = itertools.count(1)
         self._num_gathers = 0
-        self._gave_up: dict[int, int] = {}  # by rank, the verdict that it waits for no longer
+        self._gave_up: dict[int, Place] = {}  # by rank, where it waits no longer
         # By gathering and rank: how many verdicts that rank had when it joined, and its object.
         self._told: defaultdict[int, dict[int, tuple[int, object]]] = defaultdict(dict)
 
-    def gave_up(self, verdict: int) -> list[int]:
-        """The ranks that have told of giving up this verdict, or one before it."""
+    def gave_up(self, verdict: int) -> dict[int, Place]:
+        """The ranks that have told of giving up this verdict, or one before it, and where."""
         self._listen()
-        return sorted(rank for rank, at in list(self._gave_up.items()) if at <= verdict)
+        return {rank: at for rank, at in list(self._gave_up.items()) if at.verdict <= verdict}
 
-    def elsewhere(self, verdict: int) -> list[int]:
+    def elsewhere(self, verdict: int) -> set[int]:
         """The ranks that have begun a gathering instead of coming to this verdict.
 
         Those that have it already tell of what they read in it, and this rank is about to as well.
         """
         self._listen()
-        ranks = set()
-        for number, told in list(self._told.items()):
-            if number > self._num_gathers:
-                ranks |= {rank for rank, (had, _) in list(told.items()) if had < verdict}
-        return sorted(ranks)
+        later = [told for number, told in list(self._told.items()) if number > self._num_gathers]
+        return {rank for told in later for rank, (had, _) in list(told.items()) if had < verdict}
 
-    def call_roll(self, verdict: int) -> list[int]:
-        """Tell all ranks that this one gives up on a verdict; those that do so, too, this included.
+    def call_roll(self, place: Place) -> dict[int, Place]:
+        """Tell all ranks that this one gives up a verdict; the others that do so, too.
 
         Those that wait for the same verdict hear of it and tell as well, so after a short grace the
         ones that did not are those that never came.
         """
-        keep_for_ever(self._tell((self._rank, "gave up", verdict)))
+        keep_for_ever(self._tell((self._rank, "gave up", place)))
 
         def is_complete() -> bool:
-            return len(self.gave_up(verdict)) == self._size - 1
+            return len(self.gave_up(place.verdict)) == len(self._others)
 
         wait(is_complete, _never, _GRACE_S)
-        return sorted([*self.gave_up(verdict), self._rank])
+        return self.gave_up(place.verdict)
 
     def gather(self, obj: object, num_verdicts: int, timeout_s: float) -> list[object]:
         """Every rank's object in rank order, None for those that did not tell in time.
@@ -156,11 +155,6 @@ def keep_for_ever(thing: object) -> None:
     in ``MPI_Finalize``, which mpi4py calls after Python has freed all objects.
     """
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
-
-
-def say_ranks(ranks: list[int]) -> str:
-    """Ranks for people."""
-    return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(map(str, ranks))
 
 
 def _is_over(send: Any) -> bool:

@@ -279,19 +279,20 @@ def test_an_mpi_that_cannot_be_used_is_refused_in_a_sentence(kind: str):
 
 
 @on(3)
-def test_who_does_not_come_is_named_with_host_and_last_verdict(kind: str, size: int):
+def test_who_does_not_come_is_named_with_host_and_last_step(kind: str, size: int):
     """In the time of the scaler, although its communicator would wait longer."""
     *waited, late = run(kind, size)["missing"]
     for rank, found in enumerate(waited):
         assert found["error"] == "MissingRankError"
-        assert found["message"].startswith(f"rank {rank} of 3: verdict 3 did not complete")
-        assert found["host"] in found["message"]
-        assert f"Did not come: rank 2 ({found['host']}, last at verdict 2)." in found["message"]
-        assert "Came: ranks 0, 1." in found["message"]
+        host = found["host"]
+        start = f"rank {rank} of 3 ({host}): verdict 3 (step 2) did not complete"
+        assert found["message"].startswith(start)
+        assert f"Did not come: rank 2 ({host}), last heard of at step 1." in found["message"]
+        assert f"Came: rank {1 - rank} ({host}) at step 2." in found["message"]
         assert found["seconds"] < SOON_S
     # The numbers of the others were there. To step by them would have left it alone with that.
     assert late["error"] == "MissingRankError"
-    assert "ranks 0, 1 gave it up" in late["message"]
+    assert f"ranks 0 ({host}), 1 ({host}) gave it up" in late["message"]
     assert late["seconds"] < SOON_S
     assert all(found["parameter"] == [0.0] * 3 for found in (*waited, late))
 
@@ -303,7 +304,7 @@ def test_after_that_every_verdict_raises_at_once_and_objects_are_still_gathered(
     for found in run(kind, size)["missing"]:
         error, message, seconds = found["again"]
         assert error == "MissingRankError"
-        assert "cannot be used any more, because verdict 3 did not complete" in message
+        assert "cannot be used any more, because verdict 3 (step 2) did not complete" in message
         assert seconds < 0.1
         assert found["gathered"] == [0, 1, 2]
 
@@ -313,10 +314,11 @@ def test_the_patient_give_up_soon_after_the_impatient(kind: str, size: int):
     first, second, _ = run(kind, size)["one_is_impatient"]
     for error, message, seconds in (first, second):
         assert error == "MissingRankError"
-        assert "Did not come: rank 2" in message
+        assert ", ready but never at a verdict. Came: " in message
         assert "If some ranks never train" in message
         assert seconds < SOON_S
-    assert "rank 0 gave it up" in second[1]
+    assert "verdict 1 did not complete within 0.3 s" in first[1]
+    assert "(rank 0 (" in second[1] and "gave it up" in second[1]
 
 
 @on(3)
@@ -324,9 +326,10 @@ def test_a_communicator_that_not_all_make_is_an_error_that_names_them(kind: str,
     *waited, late = run(kind, size)["not_made_by_all"]
     for error, message in waited:
         assert error == "MissingRankError"
-        assert "Did not come: rank 2." in message
+        assert "making its MPIComm did not complete" in message
+        assert "Did not come: rank 2, never heard of." in message
     assert late[0] == "MissingRankError"
-    assert "ranks 0, 1 gave it up" in late[1]
+    assert "(ranks 0, 1 gave it up)" in late[1]
 
 
 # ------------------------------------------------------------------------------------------- speed

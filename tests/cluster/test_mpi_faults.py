@@ -63,8 +63,8 @@ def test_ranks_that_wait_for_a_stopped_one_name_it_and_all_end(kind: str, tmp_pa
         ends = [end_of(tmp_path, rank) for rank in (0, 2)]
         for end in ends:
             assert end.error == "MissingRankError"
-            host = os.uname().nodename
-            assert f"Did not come: rank {HIT} ({host}, last at verdict {STEP})." in end.message
+            named = f"rank {HIT} ({os.uname().nodename}), last heard of at step {STEP - 1}"
+            assert f"Did not come: {named}." in end.message
         assert ended.at_s - stopped.at_s <= limit_s + 5.0
         row.ended(max(end.at_s for end in ends) - stopped.at_s, ended.code)
 

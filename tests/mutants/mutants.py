@@ -1349,25 +1349,25 @@ MUTANTS = [
         "over MPI a rank that comes too late takes what it finds",
         "shardscale/comm/mpi_line.py",
         """\
-        if gone := self.talk.gave_up(at):
+        if gone := self.talk.gave_up(verdict):
             return""",
         """\
-        if (gone := self.talk.gave_up(at)) and not is_done:
+        if (gone := self.talk.gave_up(verdict)) and not is_done:
             return""",
-        (f"{_MPI}::test_who_does_not_come_is_named_with_host_and_last_verdict[openmpi-3]",),
+        (f"{_MPI}::test_who_does_not_come_is_named_with_host_and_last_step[openmpi-3]",),
     ),
     Mutant(
         "over MPI the patient do not hear who has given up",
         "shardscale/comm/mpi_line.py",
-        "bool(self.talk.gave_up(at) or self.talk.elsewhere(at))",
-        "bool(self.talk.elsewhere(at))",
+        "bool(self.talk.gave_up(verdict) or self.talk.elsewhere(verdict))",
+        "bool(self.talk.elsewhere(verdict))",
         (f"{_MPI}::test_the_patient_give_up_soon_after_the_impatient[mpich-3]",),
     ),
     Mutant(
         "over MPI those who wait do not hear of a disagreement",
         "shardscale/comm/mpi_line.py",
-        "bool(self.talk.gave_up(at) or self.talk.elsewhere(at))",
-        "bool(self.talk.gave_up(at))",
+        "bool(self.talk.gave_up(verdict) or self.talk.elsewhere(verdict))",
+        "bool(self.talk.gave_up(verdict))",
         (
             f"{_MPI}::test_a_rank_that_waits_hears_of_a_disagreement_that_others_have_read"
             "[openmpi-2]",

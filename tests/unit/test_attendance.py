@@ -28,7 +28,7 @@ def test_who_is_missing_is_named_with_its_host_and_its_last_step():
 def test_at_the_first_verdict_a_rank_without_a_scaler_was_never_heard_of():
     message = told({0: Place(1, 0)}, hosts={0: "n1", 2: "n3"}, place=Place(1, 0), last=None)
     assert message.startswith(
-        "Did not come: rank 2 (n3), with a scaler but never at a verdict; rank 3, never heard of. "
+        "Did not come: rank 2 (n3), ready but never at a verdict; rank 3, never heard of. "
         "Came: rank 0 (n1) at step 0. "
     )
 

@@ -12,6 +12,7 @@ import torch
 
 from shardscale import ShardedGradScaler
 from shardscale.comm import Bond, MPIComm, Solo, mpi_talk
+from shardscale.comm.attendance import Place
 from shardscale.comm.base import FIRST_TIMEOUT_S, Timed
 from shardscale.comm.mpi_talk import Talk, wait
 from shardscale.errors import ConfigError, StageError
@@ -70,7 +71,8 @@ def test_a_death_that_mpi_has_noticed_hides_nobody_else(monkeypatch):
     """It then listens to no rank in particular any more, and sends nothing to the dead one."""
     monkeypatch.setattr(mpi_talk, "_GRACE_S", 0.0)
 
-    assert Talk(dying((1, "gave up", 7)), 1).call_roll(7) == [0, 1]
+    here = Place(7, None)
+    assert Talk(dying((1, "gave up", here)), 1).call_roll(here) == {1: here}
     assert Talk(dying((1, 1, (6, "one"))), 1).gather("zero", 6, 0.0) == ["zero", "one", None]
 
 
