@@ -118,7 +118,7 @@ class ProcessGroupComm:
         """Every rank's object, through the group's store; None for a rank that did not answer.
 
         Raises:
-            MissingRankError: the group was given up; what all could be asked about is nothing.
+            MissingRankError: a verdict on an accelerator took too long, and the group was given up.
 
         Collective: every rank should call; at most ``timeout_s`` (60 s if none) is waited.
         """

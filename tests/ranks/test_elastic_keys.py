@@ -27,8 +27,8 @@ def test_the_second_world_reads_nothing_of_the_first(tmp_path):
     told = [(tmp_path / f"world{attempt}").read_text() for attempt in range(2)]
     for attempt, message in enumerate(told):
         assert message.startswith(
-            f"MissingRankError: rank {1 - attempt} of 2 ({host}): verdict 3 (step 2) did not "
-            f"complete within 1 s. Did not come: rank {attempt} ({host}), last heard of at step 1. "
+            f"MissingRankError: rank {1 - attempt} of 2 ({host}): verdict 3 did not complete "
+            f"within 1 s. Did not come: rank {attempt} ({host}), last heard of at verdict 2. "
             "No other rank came."
         )
     keys = (tmp_path / "keys1").read_text()
