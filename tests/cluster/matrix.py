@@ -1,6 +1,6 @@
 """The fault matrix: what was done to a job, what had to come of it, and what came.
 
-A test opens a row; the rows of all tests are shown at the end of the run. ::
+A test opens a row; the rows of all tests are shown at the end of the run, equal faults together. ::
 
     with matrix.row("kill -9 before the verdict", "mpirun", "all end", limit_s=5) as row:
         ...                        # break the job, look at what is left of it
@@ -83,13 +83,14 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if not _rows:
         return
     terminalreporter.section("fault matrix")
-    table = [_HEAD, *(each.cells() for each in _rows)]
+    rows = sorted(_rows, key=lambda each: (each.fault.lower(), each.launcher.lower()))
+    table = [_HEAD, *(each.cells() for each in rows)]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for cells in table:
         line = "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
         terminalreporter.line(line.rstrip())
     if page := os.environ.get("FAULT_MATRIX"):
-        write_into(Path(page), _rows)
+        write_into(Path(page), rows)
 
 
 def write_into(page: Path, rows: list[Row]) -> None:

@@ -139,7 +139,8 @@ def in_queue_s(pid: int) -> float:
 @pytest.mark.parametrize("name", WRONG)
 def test_a_wrong_environment_is_told_with_its_cure(outcomes: dict[str, Outcome], name: str):
     wrong, outcome = WRONG[name], outcomes[name]
-    with matrix.row(name, "none", f"ConfigError names {wrong.variable}", LIMIT_S) as row:
+    expected = f"ConfigError names {wrong.variable}"
+    with matrix.row(f"wrong environment: {name}", "none", expected, LIMIT_S) as row:
         assert outcome.code == 1
         assert outcome.last_line.startswith("shardscale.errors.ConfigError: ")
         for part in (wrong.variable, wrong.value, wrong.cure):

@@ -110,12 +110,16 @@ def is_stopped(pid: int) -> bool:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_continued_in_time_a_stopped_rank_changes_nothing(kind: str, continued):
-    with matrix.row("SIGSTOP, SIGCONT in time", NAMES[kind], "equal logs", 8.0) as row:
+    with (
+        matrix.row("NaN on one rank", NAMES[kind], "all skip", 5.0) as skipping,
+        matrix.row("SIGSTOP, SIGCONT in time", NAMES[kind], "equal logs", 8.0) as row,
+    ):
         job = continued(kind)
         assert compare(job.folder, SIZE, killed=range(SIZE)) == []
         histories = [read(job.folder, rank)[0] for rank in range(SIZE)]
         assert [len(history) for history in histories] == [RAISED.step] * SIZE
         assert [entry.step for entry in histories[0] if entry.skipped] == [SKIPPED.step]
+        skipping.ended(job.stopped.at_s - struck(job.folder, SKIPPED).at_s, None)
         row.ended(job.raised.at_s - job.stopped.at_s, None)
 
 

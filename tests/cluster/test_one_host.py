@@ -42,7 +42,7 @@ def test_two_jobs_on_one_host_share_nothing(launches: tuple[Launch, Launch], tmp
     with (
         matrix.row("two jobs, kill -9 in one", "torchrun", "the other goes on", 60.0) as both,
         matrix.row("kill -9 before the verdict", "torchrun", "all end", 10.0) as first,
-        matrix.row("SIGSTOP, SIGCONT in time", "torchrun", "all skip and step", 60.0) as second,
+        matrix.row("SIGSTOP, SIGCONT in time", "torchrun", "equal logs", 60.0) as second,
     ):
         stopped = await_(lambda: struck(unharmed, STOP), launches[1])
         held = await_(lambda: struck(killed, HELD[0]), launches[0])
