@@ -22,6 +22,7 @@ def main() -> None:
     chosen = job.options()
     world = MPI.COMM_WORLD
     job.Faults = MPIFaults
+    world.Barrier()  # nobody is to wait in vain for a slow import
     MPIFaults.comm = MPIComm(world, chosen.timeout)
     try:
         job.run(chosen, world.rank, world.size, MPIFaults.comm)
