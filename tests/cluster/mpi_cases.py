@@ -10,6 +10,7 @@ import copy
 import json
 import math
 import pickle
+import signal
 import statistics
 import sys
 import threading
@@ -246,6 +247,25 @@ def one_is_impatient(world: MPI.Intracomm) -> Any:
     return found.error, found.message, seconds
 
 
+def interrupted(world: MPI.Intracomm) -> Any:
+    """Something else ends the wait of the first rank, as Ctrl-C does; then it tries again."""
+    comm = MPIComm(world, PATIENCE_S)
+    if world.rank > 0:
+        return None
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, SHORT_S)
+    try:
+        comm.all_reduce_sum_(torch.zeros(2, dtype=torch.float64))
+    except KeyboardInterrupt:
+        pass
+    again = outcome(lambda: comm.all_reduce_sum_(torch.zeros(2, dtype=torch.float64)))
+    return again.error, again.message
+
+
 def not_made_by_all(world: MPI.Intracomm) -> Any:
     mine = world.Dup()  # the collective that is left under way stays on it
     is_late = world.rank == world.size - 1
@@ -383,7 +403,12 @@ CASES: list[Callable[[MPI.Intracomm], Any]] = [
 # On one number of ranks only.
 MORE_CASES: dict[int, list[Callable[[MPI.Intracomm], Any]]] = {
     2: [beside_gloo],  # with a core for each
-    3: [missing, one_is_impatient, not_made_by_all],  # they wait for what does not come
+    3: [
+        missing,
+        one_is_impatient,
+        interrupted,
+        not_made_by_all,
+    ],  # they wait for what does not come
 }
 
 

@@ -322,6 +322,14 @@ def test_the_patient_give_up_soon_after_the_impatient(kind: str, size: int):
 
 
 @on(3)
+def test_a_wait_that_was_interrupted_is_not_taken_up_again(kind: str, size: int):
+    """The numbers of that call are under way, and would be taken for those of the next one."""
+    error, message = run(kind, size)["interrupted"][0]
+    assert error == "MissingRankError"
+    assert "cannot be used any more, because verdict 1 was interrupted" in message
+
+
+@on(3)
 def test_a_communicator_that_not_all_make_is_an_error_that_names_them(kind: str, size: int):
     *waited, late = run(kind, size)["not_made_by_all"]
     for error, message in waited:
