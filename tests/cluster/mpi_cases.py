@@ -400,15 +400,15 @@ CASES: list[Callable[[MPI.Intracomm], Any]] = [
     bring_up,
     refused,
 ]
-# On one number of ranks only.
+# On one number of ranks only: on two that have a core each, and once what waits in vain.
 MORE_CASES: dict[int, list[Callable[[MPI.Intracomm], Any]]] = {
-    2: [beside_gloo],  # with a core for each
+    2: [beside_gloo],
     3: [
         missing,
         one_is_impatient,
         interrupted,
         not_made_by_all,
-    ],  # they wait for what does not come
+    ],
 }
 
 
