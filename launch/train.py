@@ -14,13 +14,17 @@ import os
 import sys
 
 from shardscale import ConfigError, StopSignal
-from shardscale.comm import resolve
+from shardscale.comm import check_mpi_size, resolve
 
 # First of all: to import torch takes seconds, in which a signal would end the rank, and an
 # environment that is wrong can be told at once.
 try:
     stop = StopSignal(os.environ.get("SHARDSCALE_STOP_SIGNAL", "USR2"))
     resolve(os.environ)
+    if "mpi4py" in sys.modules:  # which has started this program
+        from mpi4py import MPI
+
+        check_mpi_size(os.environ, MPI.COMM_WORLD.Get_size(), MPI.Get_library_version())
 except ConfigError as error:
     print(f"launch/train.py: {error}", file=sys.stderr)
     sys.exit(2)

@@ -6,7 +6,7 @@ What needs torch is imported at its first use: `resolve` looks at an environment
 import importlib
 import typing
 
-from shardscale.comm.env import RankEnv, resolve
+from shardscale.comm.env import RankEnv, check_mpi_size, resolve
 
 if typing.TYPE_CHECKING:
     from shardscale.comm.base import Communicator, Solo
@@ -14,7 +14,16 @@ if typing.TYPE_CHECKING:
     from shardscale.comm.mpi import MPIComm
     from shardscale.comm.process_group import ProcessGroupComm
 
-__all__ = ["Bond", "Communicator", "MPIComm", "ProcessGroupComm", "RankEnv", "resolve", "Solo"]
+__all__ = [
+    "Bond",
+    "check_mpi_size",
+    "Communicator",
+    "MPIComm",
+    "ProcessGroupComm",
+    "RankEnv",
+    "resolve",
+    "Solo",
+]
 
 _HOMES = {
     "Bond": "bond",
