@@ -158,8 +158,6 @@ export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}  # since Slurm 22.05 srun do
 job=${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}
 restarts=${SLURM_RESTART_COUNT:-0}
 stamp() { echo "$(date +%FT%T%z) $*"; }
-stamp "START job $job, restart $restarts, on $SLURM_JOB_NODELIST"
-trap 'code=$?; stamp "END exit code $code"' EXIT
 """
 
 _PREPARE_TO_STOP = r"""
@@ -184,6 +182,10 @@ trap pass_on "$stop_signal"
 """
 
 _SRUN = r"""
+stamp "START job $job, restart $restarts, on $SLURM_JOB_NODELIST"
+trap 'code=$?; stamp "END exit code $code"' EXIT
+trap 'exit 143' TERM  # by scancel; without it EXIT would see the code of the command before
+
 # One rank that fails ends all; those still there a minute after the first has finished are ended.
 run=(srun --kill-on-bad-exit=1 --wait=60 --label)
 """

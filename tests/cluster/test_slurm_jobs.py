@@ -62,13 +62,14 @@ def test_tasks_of_an_array_share_a_node_and_nothing_else(slurm: Slurm, tmp_path:
     file = tmp_path / "array.sbatch"
     file.write_text(slurm.run("python", "launch/slurm.py", *asked).stdout)
     output = tmp_path / "%a"
-    array = slurm.submit(output, "--nodelist=n1", file, "--steps", "500")
+    array = slurm.submit(output, "--nodelist=n1", file, "--steps", "1000")
     stays, goes = (Job(slurm, f"{array.number}_{i}", tmp_path / str(i)) for i in (1, 2))
     stays.says("shardscale  step", limit_s=100)
     goes.says("shardscale  step", limit_s=100)
 
     limit_s = 15
     with matrix.row("scancel", "srun, torchrun", "all of it ends, nothing else", limit_s) as row:
+        assert stays.facts()["JobState"] == "RUNNING"
         mark = {"SLURM_JOB_ID": goes.facts()["JobId"]}
         assert left(mark)
         started = time.monotonic()
@@ -77,8 +78,8 @@ def test_tasks_of_an_array_share_a_node_and_nothing_else(slurm: Slurm, tmp_path:
         state, code = goes.ended(limit_s)
         row.ended(time.monotonic() - started, code)
         assert state == "CANCELLED"
+        assert goes.output.count("END exit code 143") == 1
 
-    assert stays.facts()["JobState"] == "RUNNING"
     with matrix.row("two jobs on one node", "srun, torchrun", "neither notices", 60) as row:
         state, code = stays.ended(limit_s=60)
         row.ended(time.monotonic() - started, code)

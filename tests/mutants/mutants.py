@@ -80,6 +80,7 @@ _LIVES = "tests/unit/test_incarnation.py"
 _BRING_UP = "tests/ranks/test_bring_up.py"
 _MPI = "tests/cluster/test_mpi.py"
 _OVER_MPI = f"{_MPI}::test_mpi_keeps_the_contract[mpich-2]"
+_BATCH = "tests/launch/test_batch_scripts.py"
 
 MUTANTS = [
     Mutant(
@@ -1660,6 +1661,45 @@ MUTANTS = [
         "launch/sbatch.py",
         "if ((restarts >= max_requeues)); then",
         "if ((restarts < 0)); then",
-        ("tests/launch/test_batch_scripts.py::test_a_job_is_not_requeued_for_ever",),
+        (f"{_BATCH}::test_a_job_is_not_requeued_for_ever",),
+    ),
+    Mutant(
+        "the number of nodes is copied into the batch script",
+        "launch/sbatch.py",
+        '--nnodes "$SLURM_JOB_NUM_NODES"',
+        "--nnodes 2",
+        (f"{_BATCH}::test_torchrun_takes_the_number_of_nodes_from_slurm",),
+    ),
+    Mutant(
+        "the ranks are signalled once",
+        "launch/sbatch.py",
+        '    while kill -0 "$step" 2>/dev/null; do\n        scancel',
+        '    if kill -0 "$step" 2>/dev/null; then\n        scancel',
+        (f"{_BATCH}::test_the_signal_is_repeated_until_the_ranks_have_ended",),
+    ),
+    Mutant(
+        "a signal ends the rank that has no handler yet",
+        "launch/sbatch.py",
+        "trap '' $stop_signal",
+        ":",
+        (f"{_BATCH}::test_a_rank_that_has_no_handler_yet_outlives_the_signal",),
+    ),
+    Mutant(
+        "torchrun says 1, however the rank has ended",
+        "launch/torchrun.py",
+        "sys.exit(failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode)",
+        "sys.exit(1)",
+        ("tests/launch/test_torchrun.py::test_it_ends_as_its_first_rank_did[['85']-85]",),
+    ),
+    Mutant(
+        "a rank on its way out hears the signal still",
+        "shardscale/preemption.py",
+        "signal.signal(self._number, signal.SIG_IGN)",
+        "pass",
+        (
+            "tests/unit/test_preemption.py"
+            "::test_a_process_on_its_way_out_is_not_ended_by_a_signal_that_is_ignored"
+            "[stop.ignore()-0]",
+        ),
     ),
 ]
