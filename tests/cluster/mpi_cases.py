@@ -11,7 +11,6 @@ import json
 import math
 import pickle
 import signal
-import statistics
 import sys
 import threading
 import time
@@ -33,7 +32,6 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PATIENCE_S = 20.0  # for what must come; far less than the limit of the job
 SHORT_S = 0.3  # for what will not
 GRACE_S = 1.0
-NUM_BLOCKS, BLOCK = 20, 50
 
 
 def contract(world: MPI.Intracomm) -> Any:
@@ -358,30 +356,6 @@ def refused(world: MPI.Intracomm) -> Any:
     return {name: (each.error, each.message) for name, each in found.items()}
 
 
-# ------------------------------------------------------------------------------------------- speed
-
-
-def beside_gloo(world: MPI.Intracomm) -> Any:
-    """Seconds of verdicts over MPI and over Gloo, by blocks of them in turns.
-
-    A rank that has to wait in the last call over one of them comes late to the first over the
-    other: in a block that is one of many.
-    """
-    init_distributed("gloo", timeout_s=PATIENCE_S)
-    scalers = [ShardedGradScaler("cpu", comm=comm) for comm in (MPIComm(world), None)]
-    taken: list[list[float]] = [[], []]
-    for _ in range(NUM_BLOCKS):
-        for scaler, seconds in zip(scalers, taken, strict=True):
-            scaler.begin()
-            started = time.perf_counter()
-            for _ in range(BLOCK):
-                scaler.unscale_(())
-            seconds.append(time.perf_counter() - started)
-            scaler.update()
-    dist.destroy_process_group()
-    return [statistics.median(seconds) for seconds in taken]
-
-
 CASES: list[Callable[[MPI.Intracomm], Any]] = [
     contract,
     nan_on_one,
@@ -400,9 +374,8 @@ CASES: list[Callable[[MPI.Intracomm], Any]] = [
     bring_up,
     refused,
 ]
-# On one number of ranks only: on two that have a core each, and once what waits in vain.
+# On three ranks only, for they wait in vain.
 MORE_CASES: dict[int, list[Callable[[MPI.Intracomm], Any]]] = {
-    2: [beside_gloo],
     3: [
         missing,
         one_is_impatient,

@@ -338,13 +338,3 @@ def test_a_communicator_that_not_all_make_is_an_error_that_names_them(kind: str,
         assert "Did not come: rank 2, never heard of." in message
     assert late[0] == "MissingRankError"
     assert "(ranks 0, 1 gave it up)" in late[1]
-
-
-# ------------------------------------------------------------------------------------------- speed
-
-
-@on(2)
-def test_a_verdict_takes_less_than_over_gloo(kind: str, size: int):
-    """Both in the same processes, in turns."""
-    for mpi_s, gloo_s in run(kind, size)["beside_gloo"]:
-        assert mpi_s < gloo_s
