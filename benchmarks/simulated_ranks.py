@@ -38,7 +38,7 @@ def simulated() -> list[Row]:
 
     verdicts = f"{len(scenarios(2))} verdicts under LocalTensorMode"
     steps = "4 iterations on a threaded process group, the last a disagreement"
-    sums = "sums of the message in 4 orders and as a tree, 42 groups of 2 to"
+    sums = "sums of the message in 4 orders and as a tree, 60 groups of 1 to"
     cases: dict[str, Callable[[], Any]] = {
         f"{verdicts}, 1,024 ranks": partial(judge_all, 0, 1, 1_024),
         f"{verdicts}, 16,384 ranks": partial(judge_all, 0, 1, 16_384),
