@@ -99,6 +99,8 @@ def main(
             training = Training(options, share_digits(device), communicator(comm))
             if checkpoint:
                 training.go_on_after(load_newest(checkpoint, *training.parts))
+                if is_first and training.num_done:
+                    print(f"launch/train.py: goes on after step {training.num_done}", flush=True)
             log = RankLog(step_log, env.rank) if step_log else None
             console = make_console(quiet=not is_first)
             with show_progress(console, [options]) as show:
@@ -143,7 +145,12 @@ def communicator(comm: str) -> shardscale.Communicator | None:
     """What the scaler agrees over; None for torch.distributed."""
     if comm == "torch":
         return None
-    from mpi4py import MPI
+    try:
+        from mpi4py import MPI
+    except ModuleNotFoundError:
+        raise OptionError(
+            "--comm is 'mpi', but mpi4py is not here: pip install '.[mpi]', and an MPI."
+        ) from None
 
     return shardscale.comm.MPIComm(MPI.COMM_WORLD)
 
@@ -161,7 +168,8 @@ def train(
         yield training.step()
         # The same answer on every rank after the same update(): all save, and all leave.
         stopped = told_to_stop()
-        if checkpoint and (stopped or training.num_done % save_every == 0):
+        is_over = stopped or training.num_done == steps
+        if checkpoint and (is_over or training.num_done % save_every == 0):
             save(checkpoint, training.num_done, *training.parts)
 
 

@@ -74,7 +74,7 @@ Checkpoint = Annotated[
     typer.Option(
         "--checkpoint",
         metavar="FOLDER",
-        help="Save here now and then and when told to stop; go on from the newest that is there.",
+        help="Save here, also at the end and when told to stop; go on from the newest there.",
     ),
 ]
 SaveEvery = Annotated[int, typer.Option("--save-every", help="Steps between two checkpoints.")]
