@@ -106,7 +106,7 @@ def test_a_stage_left_out_of_the_group_is_told_so(ranks, how):
         assert "rank 2 is not a member of the process_group" in message
     else:
         assert error == "MissingRankError"
-        assert re.search(r"Did not come: ranks 0 \(.+\), 1 \(.+\), with a scaler but", message)
+        assert re.search(r"Did not come: ranks 0 \(.+\), 1 \(.+\), ready but", message)
         assert "process_group=" in message
 
 
