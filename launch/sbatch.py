@@ -167,14 +167,16 @@ export SHARDSCALE_STOP_SIGNAL=$stop_signal
 set -- --checkpoint "checkpoints/$job" "$@"
 
 # Slurm sends the signal to this shell, once. The ranks get it until they have ended: one that is
-# still starting Python has nothing to hear it with.
+# still starting Python has nothing to hear it with. A task that Slurm has not quite started has
+# nothing to ignore it with either, and would end; so the step is left alone at first.
 step= told=
 pass_on() {
     told=yes
     [[ -n $step ]] || return 0
     stamp "STOP $stop_signal"
     while kill -0 "$step" 2>/dev/null; do
-        scancel --quiet --signal="$stop_signal" "$SLURM_JOB_ID" || true
+        ((SECONDS < step_began + 5)) ||
+            scancel --quiet --signal="$stop_signal" "$SLURM_JOB_ID" || true
         sleep 2
     done &
 }
@@ -243,7 +245,7 @@ _RUN = r"""
 
 _RUN_AND_REQUEUE = r"""
 "${run[@]}" &
-step=$!
+step=$! step_began=$SECONDS
 [[ -z $told ]] || pass_on
 while kill -0 "$step" 2>/dev/null; do
     wait "$step" || true  # a signal to this shell ends the wait, not the ranks

@@ -25,6 +25,7 @@ class Node:
         self.log = folder / "log"
         self.bin = folder / "bin"
         self.bin.mkdir()
+        self.left_alone_s = 0  # a step at first; the 5 s of the script would have to be waited for
         for tool in TOOLS:
             (self.bin / tool).symlink_to(shutil.which(tool))
         (self.bin / "python").symlink_to(sys.executable)
@@ -46,8 +47,9 @@ class Node:
         (self.bin / name).unlink()
 
     def start(self, job: Job, *words: str) -> subprocess.Popen[str]:
+        script = render(job).replace("step_began + 5", f"step_began + {self.left_alone_s}")
         return subprocess.Popen(
-            ["bash", "-c", render(job), "file.sbatch", *words],
+            ["bash", "-c", script, "file.sbatch", *words],
             cwd=ROOT,
             env={"PATH": str(self.bin), **self.variables},
             stdout=subprocess.PIPE,
@@ -240,6 +242,20 @@ def test_the_signal_is_repeated_until_the_ranks_have_ended(node: Node):
         "scontrol requeue 7",
     ]
     assert "STOP USR2" in output
+
+
+def test_a_step_that_has_just_begun_is_not_signalled(node: Node):
+    """A task of it may not have come as far as to the shell that ignores the signal."""
+    node.left_alone_s = 1_000
+    looks = node.folder / "looks"
+    node.lacks("sleep")
+    node.has("sleep", f"echo -n . >>{looks}")
+    node.has(
+        "srun", f"kill -USR2 $PPID; until [[ $(cat {looks} 2>&1) == ..* ]]; do :; done; exit 85"
+    )
+    _, output, _ = node.run(Job("srun", max_requeues=3))
+    assert "STOP USR2" in output
+    assert not [call for call in node.calls if call.startswith("scancel")]
 
 
 def test_a_rank_that_has_no_handler_yet_outlives_the_signal(node: Node):

@@ -1673,9 +1673,16 @@ MUTANTS = [
     Mutant(
         "the ranks are signalled once",
         "launch/sbatch.py",
-        '    while kill -0 "$step" 2>/dev/null; do\n        scancel',
-        '    if kill -0 "$step" 2>/dev/null; then\n        scancel',
+        "        sleep 2\n",
+        "        break\n",
         (f"{_BATCH}::test_the_signal_is_repeated_until_the_ranks_have_ended",),
+    ),
+    Mutant(
+        "a step is signalled before its tasks can ignore it",
+        "launch/sbatch.py",
+        "((SECONDS < step_began + 5)) ||\n",
+        "false ||\n",
+        (f"{_BATCH}::test_a_step_that_has_just_begun_is_not_signalled",),
     ),
     Mutant(
         "a signal ends the rank that has no handler yet",

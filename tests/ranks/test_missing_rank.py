@@ -56,12 +56,14 @@ def test_every_rank_that_waited_names_the_one_that_did_not_come(ranks, num_good,
     """At the first verdict it may be a rank that was never meant to train: the error says so."""
     found = ranks.run(last_rank_stays_away, 3, num_good=num_good, fused=fused)
     assert found.pop() is None
+    # The first one to give up may take the others with it, by its alarm or its connection.
+    assert any("did not complete within 2 s." in message for _, _, message, _ in found)
     for rank, (error, kinds, message, unmoved) in enumerate(found):
         assert error == "MissingRankError"
         assert "TimeoutError" in kinds
         assert unmoved
         here = f"verdict {num_good + 1} (step {num_good})"
-        assert f"rank {rank} of 3 ({HOST}): {here} did not complete within 2 s." in message
+        assert f"rank {rank} of 3 ({HOST}): {here} did not complete" in message
         absent = (
             f"rank 2 ({HOST}), last heard of at step 1" if num_good else "rank 2, never heard of"
         )
