@@ -36,7 +36,8 @@ class Stopping:
 
         Args:
             wish: Whether this rank wishes to stop, such as a :class:`~shardscale.StopSignal`. If it
-                raises, so does the call that asked, once this rank has joined the others.
+                raises an Exception, so does the call that asked, once this rank has joined the
+                others; SystemExit ends this rank at once, as anywhere.
 
         Raises:
             ConfigError: ``wish`` is no function.
