@@ -8,7 +8,7 @@ import weakref
 import torch.distributed as dist
 
 from shardscale.comm.base import FIRST_TIMEOUT_S, Communicator, Timed, require_time
-from shardscale.comm.process_group import ProcessGroupComm, introduce_here, is_alive
+from shardscale.comm.process_group import ProcessGroupComm, is_alive, join_job
 from shardscale.errors import ConfigError, StageError
 from shardscale.records import Members
 
@@ -87,7 +87,7 @@ class Bond:
         self._members: Members | None = None
         self._ordinal = _made.next(self._key) if is_numbered else None
         if comm is None and dist.is_available():
-            introduce_here()  # a rank that never comes to a verdict has at least been here
+            join_job()  # a rank that never comes to a verdict has at least been here
 
     @property
     def ordinal(self) -> int:

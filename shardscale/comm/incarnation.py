@@ -13,13 +13,12 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from shardscale.errors import MissingRankError
 
-__all__ = ["assemble", "current"]
+__all__ = ["assemble"]
 
 logger = logging.getLogger(__name__)
 
 _QUIET_S = 10.0  # a wait that lasts longer is talked about
 _AT_MOST = 16  # ranks that a sentence names
-_name: str | None = None
 
 
 def assemble(
@@ -53,30 +52,22 @@ def assemble(
 
     Collective: every rank must call.
     """
-    global _name
     deadline = time.monotonic() + timeout_s
     word = uuid.uuid4().hex
     if rank == 0:
         said = [told, *_welcome(store, word, world_size, timeout_s)]
         store.set(f"{word}/go", decide(said))
-        _name = word
         return PrefixStore(word, store), store.get(f"{word}/go").decode()
     name = ""
     store.set(f"greeting/{rank}", json.dumps([word, told]))
     try:
         name = _await(store, f"welcome/{word}", deadline)
         store.set(f"{name}/here/{rank}", "1")
-        _name = name
         return PrefixStore(name, store), _await(store, f"{name}/go", deadline)
     except RuntimeError as error:  # too late, or no store any more
         raise MissingRankError(
             f"rank {rank} of {world_size}: {_who_is_missing(store, name, world_size, error)}"
         ) from error
-
-
-def current() -> str | None:
-    """The name that all ranks of this incarnation have for it; None before ``assemble``."""
-    return _name
 
 
 def _welcome(store: Store, name: str, world_size: int, timeout_s: float) -> list[str]:

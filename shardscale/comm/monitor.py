@@ -126,13 +126,10 @@ class Monitor:
         """The stream waits inside the collective."""
         if late.age_s >= late.limit_s:
             how = f" within {late.limit_s:g} s"
-        else:
-            if not late.has_written:
-                self._roll_call.write_late(late.place)
-                late.has_written = True
-            if not self._roll_call.is_alarmed():
-                return self._pause_s
+        elif self._roll_call.look(late.place, is_late=True):
             how = f" ({GIVEN_UP})"
+        else:
+            return self._pause_s
         finding = self._roll_call.report(late.place, how, late.limit_s)
         half_s = late.limit_s / 2  # before that, their monitors do not look
         self._give_up(f"{finding} A rank that came less than {half_s:g} s ago may be named, too.")
@@ -192,7 +189,6 @@ class _Watched:
     before: torch.Event
     after: torch.Event
     is_launched: bool = False  # until then, `after` may speak of the verdict that used it before
-    has_written: bool = False
     has_warned: bool = False
 
     def is_done(self) -> bool:

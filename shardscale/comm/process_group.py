@@ -22,10 +22,11 @@ from shardscale.caller import warn_caller
 from shardscale.comm.attendance import Crew, Place
 from shardscale.comm.base import FIRST_TIMEOUT_S
 from shardscale.comm.monitor import Monitor
-from shardscale.comm.roll_call import GIVEN_UP, RollCall, introduce, prefix_of_world
+from shardscale.comm.register import Register
+from shardscale.comm.roll_call import GIVEN_UP, RollCall
 from shardscale.errors import MissingRankError
 
-__all__ = ["ProcessGroupComm", "introduce_here", "is_alive", "message_device"]
+__all__ = ["ProcessGroupComm", "is_alive", "join_job", "message_device"]
 
 # A verdict is later than usual after this long; only then is the store looked at.
 _LATE_S = 1.0
@@ -42,7 +43,7 @@ _GLOO_STEP_S = 50e-6
 
 _roll_calls: weakref.WeakKeyDictionary[dist.ProcessGroup, RollCall] = weakref.WeakKeyDictionary()
 _monitors: weakref.WeakKeyDictionary[dist.ProcessGroup, Monitor] = weakref.WeakKeyDictionary()
-_introduced: weakref.WeakSet[dist.ProcessGroup] = weakref.WeakSet()
+_registers: weakref.WeakKeyDictionary[dist.ProcessGroup, Register] = weakref.WeakKeyDictionary()
 
 
 class ProcessGroupComm:
@@ -66,7 +67,7 @@ class ProcessGroupComm:
         self.step_under_way: int | None = None
         config = dist.get_backend_config(group)
         self._device = message_device(config)
-        introduce_here()
+        join_job()
         if group not in _roll_calls and self.size >= LARGE_FOR_GLOO:
             _warn_of_a_long_ring(self.size, _transport(config, self._device))
         # All scalers of a group share them: their verdicts come in one order on every rank.
@@ -141,12 +142,8 @@ class ProcessGroupComm:
     def _wait_long(self, work: dist.Work, place: Place, started: float, limit_s: float) -> None:
         """Wait for ``work``, give up with the others as soon as one of them has."""
         poll_s = min(4 * _POLL_S, _POLL_S * max(1.0, self.size / LARGE_FOR_GLOO))
-        has_written = False
         while (left_s := started + limit_s - time.monotonic()) > 0:
-            if not has_written and left_s <= limit_s / 2:
-                self._roll_call.write_late(place)
-                has_written = True
-            if self._roll_call.is_alarmed():
+            if self._roll_call.look(place, is_late=left_s <= limit_s / 2):
                 raise RuntimeError(GIVEN_UP)
             if _is_done(work, min(poll_s, left_s)):
                 return
@@ -179,15 +176,13 @@ class ProcessGroupComm:
         return own.total_seconds()
 
 
-def introduce_here() -> None:
-    """Write this process's host to the job's store, once, for errors of other ranks to name it."""
+def join_job() -> None:
+    """Enter this process in its job's register, once; for the errors of those that miss it."""
     world = dist.group.WORLD
-    if world is None or world in _introduced:
-        return
-    _introduced.add(world)
-    if world.size() > 1:
-        prefix = prefix_of_world(world.size())
-        introduce(_get_process_group_store(world), prefix, world.rank())
+    if world is not None and world not in _registers:
+        _registers[world] = Register(world.rank(), world.size())
+        if world.size() > 1:
+            _registers[world].join(_get_process_group_store(world))
 
 
 def is_alive(group: dist.ProcessGroup) -> bool:
@@ -205,9 +200,7 @@ def _roll_call_of(group: dist.ProcessGroup, is_host: bool) -> RollCall:
     # NCCL meets through the store when a group is first used. A host that waits there for a rank
     # that does not come keeps the client to itself, so the monitor gets one of its own.
     opened = (lambda store: store) if is_host else _clone
-    return RollCall(
-        crew, prefix_of_world(world.size()), *(partial(opened, store) for store in stores)
-    )
+    return RollCall(crew, _registers[world], *(partial(opened, store) for store in stores))
 
 
 def _clone(store: Store) -> Store:

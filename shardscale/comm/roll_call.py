@@ -1,6 +1,6 @@
 """Keys in a group's store by which ranks find out who came to a verdict that is late.
 
-No rank writes anything while verdicts are in time, apart from its host's name, once.
+No rank writes anything while verdicts are in time.
 """
 
 from __future__ import annotations
@@ -8,11 +8,8 @@ from __future__ import annotations
 import base64
 import functools
 import hashlib
-import logging
-import os
 import pickle
 import queue
-import socket
 import threading
 import time
 from collections.abc import Callable
@@ -20,10 +17,10 @@ from typing import Any, TypeVar
 
 from torch.distributed.distributed_c10d import Store
 
-from shardscale.comm import incarnation
 from shardscale.comm.attendance import Attendance, Crew, Place, tell
+from shardscale.comm.register import Register
 
-__all__ = ["GIVEN_UP", "RollCall", "introduce", "prefix_of_world"]
+__all__ = ["GIVEN_UP", "RollCall"]
 
 GIVEN_UP = "another rank gave up, or the store is gone"
 # Ranks that are waiting look for an alarm every 1.5 s at the latest; the rest is the store's time.
@@ -35,39 +32,6 @@ _BATCH = 64  # keys that one request asks for
 
 T = TypeVar("T")
 
-logger = logging.getLogger(__name__)
-
-
-def prefix_of_world(num_ranks: int) -> str:
-    """What the keys of this world begin with, so that none of an earlier one is ever read.
-
-    A launcher may keep its store when it starts the processes anew, as torchrun does: with torch
-    2.13 a group that ``env://`` makes finds all keys of the one before. By ``init_distributed`` the
-    ranks of a world have a name for it. Without that the count of restarts tells the worlds of one
-    node apart; it stands still where nodes join or leave, but then the number of ranks changes. It
-    is no name for a world of several nodes, because each node counts its own.
-
-    Args:
-        num_ranks: How many ranks the job has.
-    """
-    if name := incarnation.current():
-        return f"shardscale/{name}"
-    return f"shardscale/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{num_ranks}"
-
-
-def introduce(store: Store, prefix: str, rank: int) -> None:
-    """Write this rank's host for others to name it by, should it ever be missing.
-
-    Args:
-        store: The default group's.
-        prefix: Put before the key.
-        rank: This rank's number in the job.
-    """
-    try:
-        store.set(f"{prefix}/host/{rank}", socket.gethostname())
-    except Exception as error:  # noqa: BLE001 - a name in an error is not worth an error
-        logger.debug("the host of rank %d could not be written to the store: %s", rank, error)
-
 
 class RollCall:
     """One rank's part in the roll calls of a group.
@@ -78,23 +42,24 @@ class RollCall:
 
     Args:
         crew: The ranks of the group, and this one.
-        prefix: Put before every key.
+        register: This process's entry among those of the job.
         store: Gives the group's store. Called once, and not before it is needed.
-        job_store: Likewise the default group's, where hosts are written.
+        job_store: Likewise the default group's, where the register is.
     """
 
     def __init__(
         self,
         crew: Crew,
-        prefix: str,
+        register: Register,
         store: Callable[[], Store],
         job_store: Callable[[], Store],
     ) -> None:
         self.crew = crew
-        self._prefix = prefix
+        self._register = register
         self._open = store
         self._open_job = job_store
         self._unanswered: threading.Thread | None = None
+        self._has_written: tuple[str, Place] | None = None
         self._num_gathers = 0
         self.num_verdicts = 0
         self.last: Place | None = None  # the newest verdict that is known to be complete
@@ -104,23 +69,27 @@ class RollCall:
         self.num_verdicts += 1
         return Place(self.num_verdicts, step)
 
-    def write_late(self, place: Place) -> None:
-        """Write that this rank is waiting, in case it cannot be asked later."""
-        key = f"{self._prefix}/late/{self.crew.rank}"
-        try:
-            self._ask(lambda: self._store.set(key, _pack(place)), _GLANCE_S)
-        except _StoreSilentError:
-            pass  # whoever asks for it will hear of that
-
-    def is_alarmed(self) -> bool:
+    def look(self, place: Place, is_late: bool) -> bool:
         """Whether a rank has given up, or begun to gather after a verdict that it read first.
 
         No answer is taken for no, for the store's host may only be held up. An error is taken for
         yes.
+
+        Args:
+            place: Where this rank waits.
+            is_late: Whether to write so, in case it cannot be asked later.
         """
-        keys = [f"{self._prefix}/alarm", self._gathering(self._num_gathers + 1)]
+
+        def look() -> bool:
+            prefix = self._prefix()
+            if is_late and self._has_written != (prefix, place):
+                self._store.set(f"{prefix}/late/{self.crew.rank}", _pack(place))
+                self._has_written = prefix, place
+            keys = [f"{prefix}/alarm", _gathering(prefix, self._num_gathers + 1)]
+            return any(self._store.check([key]) for key in keys)
+
         try:
-            return self._ask(lambda: any(self._store.check([key]) for key in keys), _GLANCE_S)
+            return self._ask(look, _GLANCE_S)
         except _StoreSilentError as error:
             return error.is_gone
 
@@ -163,18 +132,21 @@ class RollCall:
         """
         self._num_gathers += 1
         num = self._num_gathers
-        keys = [f"{self._prefix}/gather/{num}/{rank}" for rank in range(self.crew.size)]
+        text = _pack(obj)
+        digest = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+        def write(prefix: str) -> list[str]:
+            keys = [f"{prefix}/gather/{num}/{rank}" for rank in range(self.crew.size)]
+            self._store.set(_gathering(prefix, num), "1")
+            self._store.set(f"{prefix}/text/{digest}", text)
+            self._store.set(keys[self.crew.rank], digest)
+            return keys
 
         def exchange() -> list[object]:
-            text = _pack(obj)
-            digest = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-            self._store.set(self._gathering(num), "1")
-            self._store.set(self._text(digest), text)
-            self._store.set(keys[self.crew.rank], digest)
-            self._await(keys, time.monotonic() + timeout_s)
+            prefix, keys = self._meet(write, timeout_s)
             told = {rank: key.decode() for rank, key in _read(self._store, keys).items()}
             different = list(set(told.values()))
-            texts = self._store.multi_get(list(map(self._text, different)))
+            texts = self._store.multi_get([f"{prefix}/text/{each}" for each in different])
             things = dict(zip(different, map(_unpack, texts), strict=True))
             return [things[told[r]] if r in told else None for r in range(self.crew.size)]
 
@@ -191,35 +163,60 @@ class RollCall:
     def _job_store(self) -> Store:
         return self._open_job()
 
-    def _text(self, digest: str) -> str:
-        return f"{self._prefix}/text/{digest}"
-
-    def _gathering(self, num: int) -> str:
-        return f"{self._prefix}/alarm/gather/{num}"
+    def _prefix(self) -> str:
+        return f"shardscale/{self._register.count(self._job_store)}"
 
     def _call_roll(self, place: Place, grace_s: float) -> Attendance:
         """What every rank has written by the end of the grace."""
         ranks = range(self.crew.size)
-        answers, late = (
-            [f"{self._prefix}/{what}/{r}" for r in ranks] for what in ("answer", "late")
+
+        def write(prefix: str) -> list[str]:
+            self._store.set(f"{prefix}/answer/{self.crew.rank}", _pack(place))
+            self._store.set(f"{prefix}/alarm", "1")
+            return [f"{prefix}/answer/{rank}" for rank in ranks]
+
+        prefix, answers = self._meet(write, grace_s)
+        late = [f"{prefix}/late/{rank}" for rank in ranks]
+        hosts = self._register.hosts(
+            _read(self._job_store, self._register.host_keys),
+            self._register.count(self._job_store),
+            all_have_joined=self.last is not None,
         )
-        hosts = [f"{self._prefix}/host/{r}" for r in self.crew.in_job or ranks]
-        self._store.set(answers[self.crew.rank], _pack(place))
-        self._store.set(f"{self._prefix}/alarm", "1")
-        self._await(answers, time.monotonic() + grace_s)
+        in_job = self.crew.in_job or ranks
         return Attendance(
             {rank: _unpack(text) for rank, text in _read(self._store, answers).items()},
             {rank: _unpack(text) for rank, text in _read(self._store, late).items()},
-            {rank: text.decode() for rank, text in _read(self._job_store, hosts).items()},
+            {rank: hosts[number] for rank, number in enumerate(in_job) if number in hosts},
         )
 
-    def _await(self, keys: list[str], deadline: float) -> None:
-        """Wait until all ``keys`` are written, or for the deadline."""
+    def _meet(self, write: Callable[[str], list[str]], timeout_s: float) -> tuple[str, list[str]]:
+        """Write something, and wait until all others have written the same kind of thing.
+
+        If a process joins meanwhile, all of them go on under the new number.
+
+        Args:
+            write: Given what keys begin with, writes this rank's and returns those of all.
+            timeout_s: Seconds that others have for it.
+        """
+        deadline = time.monotonic() + timeout_s
+        under, keys = "", [""]
+        while True:
+            if (prefix := self._prefix()) != under:
+                under, keys = prefix, write(prefix)
+            until = min(deadline, time.monotonic() + _GLANCE_S)
+            if self._await(keys, until) or time.monotonic() >= deadline:
+                return under, keys
+
+    def _await(self, keys: list[str], deadline: float) -> bool:
+        """Wait until all ``keys`` are written; False if they are not by the deadline."""
         # The same number of requests a second reach the store, however many ranks send them.
         poll_s = _POLL_S * max(1.0, self.crew.size / _BATCH)
         for batch in _batches(keys):
-            while not self._store.check(batch) and time.monotonic() < deadline:
+            while not self._store.check(batch):
+                if time.monotonic() >= deadline:
+                    return False
                 time.sleep(min(poll_s, max(0.0, deadline - time.monotonic())))
+        return True
 
     def _ask(self, question: Callable[[], T], patience_s: float) -> T:
         """Run ``question`` on a thread and wait for its answer at most ``patience_s`` seconds."""
@@ -256,6 +253,10 @@ class _StoreSilentError(Exception):
     def is_gone(self) -> bool:
         """Whether it raised."""
         return self.__cause__ is not None
+
+
+def _gathering(prefix: str, num: int) -> str:
+    return f"{prefix}/alarm/gather/{num}"
 
 
 def _read(store: Store, keys: list[str]) -> dict[int, bytes]:

@@ -69,7 +69,7 @@ def test_a_gpu_that_is_late_is_told_and_no_other_is_blamed_or_asked(comm, caplog
     assert "Did not come" not in record.getMessage()
     assert not comm.is_aborted
     assert message.tolist() == [3.0, 0.5]
-    assert not comm._roll_call._store.check(["shardscale/0/1/late/0"])
+    assert not comm._roll_call._store.check(["shardscale/joined"])  # before the first question
 
 
 def test_a_verdict_that_does_not_complete_is_logged_the_group_aborted_and_the_next_call_raises(

@@ -664,9 +664,9 @@ MUTANTS = [
     Mutant(
         "the keys of all worlds are the same",
         "shardscale/comm/roll_call.py",
-        """    return f"shardscale/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{num_ranks}"
+        """        return f"shardscale/{self._register.count(self._job_store)}"
 """,
-        """    return "shardscale"
+        """        return "shardscale"
 """,
         (
             f"{_ROLL}::test_what_an_earlier_world_has_written_is_not",
@@ -674,17 +674,31 @@ MUTANTS = [
         ),
     ),
     Mutant(
-        "the keys of a world begin with a count that its nodes do not share",
+        "a process that joins divides those that call the roll",
         "shardscale/comm/roll_call.py",
-        "    if name := incarnation.current():\n",
-        "    if name := None:\n",
-        (f"{_ROLL}::test_nodes_that_count_restarts_for_themselves_share_their_keys",),
+        "            if (prefix := self._prefix()) != under:\n",
+        "            if not under and (prefix := self._prefix()):\n",
+        (f"{_ROLL}::test_a_process_that_joins_during_a_roll_call_does_not_divide_the_others",),
+    ),
+    Mutant(
+        "a process that could not join counts as one that did",
+        "shardscale/comm/register.py",
+        "        if self._number is None:\n            self._enter(store)\n",
+        "",
+        (f"{_ROLL}::test_who_could_not_join_at_once_does_so_when_it_matters",),
+    ),
+    Mutant(
+        "a host of an earlier world is believed",
+        "shardscale/comm/register.py",
+        "            if is_first_world or int(number) >= (self._number or 0)\n",
+        "",
+        (f"{_ROLL}::test_what_an_earlier_world_has_written_is_not",),
     ),
     Mutant(
         "every verdict is written to the store",
         "shardscale/comm/process_group.py",
         "        self._roll_call.last = place\n",
-        "        self._roll_call.last = place\n        self._roll_call.write_late(place)\n",
+        "        self._roll_call.last = place\n        self._roll_call.look(place, is_late=True)\n",
         (f"{_HANGS}::test_good_steps_and_skips_ask_nothing_of_the_store",),
     ),
     Mutant(
@@ -729,8 +743,8 @@ MUTANTS = [
     Mutant(
         "a missing rank is named without its host",
         "shardscale/comm/roll_call.py",
-        "text.decode() for rank, text in _read(self._job_store, hosts).items()",
-        "text.decode() for rank, text in {}.items()",
+        "{rank: hosts[number] for rank, number in enumerate(in_job) if number in hosts}",
+        "{}",
         (f"{_MISSING}::test_survivors_of_a_stop_share_one_history_and_name_the_stopped",),
     ),
     Mutant(

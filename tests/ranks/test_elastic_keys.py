@@ -32,5 +32,5 @@ def test_the_second_world_reads_nothing_of_the_first(tmp_path):
             "No other rank came."
         )
     keys = (tmp_path / "keys1").read_text()
-    for key in ("alarm", "answer/1", "late/1", "host/1"):
-        assert f"shardscale/0/2/{key}" in keys
+    for key in ("2/alarm", "2/answer/1", "2/late/1", "host/1"):
+        assert f"shardscale/{key}" in keys

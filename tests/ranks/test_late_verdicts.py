@@ -19,7 +19,6 @@ from shardscale.comm import ProcessGroupComm
 from shardscale.comm.attendance import Place
 from shardscale.comm.monitor import Monitor
 from shardscale.comm.process_group import _roll_call_of
-from shardscale.comm.roll_call import prefix_of_world
 from tests.ranks import accelerator
 from tests.ranks.rank import outcome, scratch, store
 from tests.ranks.test_missing_rank import make, one_iteration
@@ -50,12 +49,10 @@ def count_requests(rank, size):
 
 
 def test_good_steps_and_skips_ask_nothing_of_the_store(ranks):
-    """Once, before the first of them, each process has written its host."""
+    """Once, before the first of them, each process has entered itself and its host."""
     for rank, (made, asked) in enumerate(ranks.run(count_requests, 2, store="counting")):
-        ours = [(method, key) for method, key in made if "shardscale" in key]
-        assert [(m, key.partition("shardscale")[2]) for m, key in ours] == [
-            ("set", f"/0/2/host/{rank}")
-        ]
+        ours = [(how, key.partition("shardscale/")[2]) for how, key in made if "shardscale" in key]
+        assert ours == [("add", "joined"), ("set", f"host/{rank}")]
         assert asked == []
 
 
@@ -64,7 +61,7 @@ def test_good_steps_and_skips_ask_nothing_of_the_store(ranks):
 
 def is_written(what):
     world = dist.group.WORLD
-    return _get_process_group_store(world).check([f"{prefix_of_world(world.size())}/{what}"])
+    return _get_process_group_store(world).check([f"shardscale/{world.size()}/{what}"])
 
 
 def let_go_on_once_all_wait(pid, waiting):
@@ -159,8 +156,8 @@ def watch_a_verdict(rank, size):
     Monitor._fresh = lambda self: events
     aborted = threading.Event()
     group = SimpleNamespace(abort=aborted.set)
+    ProcessGroupComm(world)  # joins the job
     monitor = Monitor(torch.device("meta"), _roll_call_of(world, is_host=False), lambda: group)
-    ProcessGroupComm(world)  # writes the host
     limit_s = TIMEOUT_S * (1.5 if rank == 1 else 1)
     with monitor.watch(Place(37, 36), limit_s):
         pass

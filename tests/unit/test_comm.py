@@ -9,6 +9,7 @@ import torch.distributed as dist
 from shardscale.comm import Bond, Communicator, Solo
 from shardscale.comm.attendance import Crew
 from shardscale.comm.process_group import LARGE_FOR_GLOO, ProcessGroupComm, message_device
+from shardscale.comm.register import Register
 from shardscale.comm.roll_call import RollCall
 from shardscale.errors import ConfigError
 from shardscale.testing import run_ranks
@@ -140,9 +141,14 @@ def test_a_store_keeps_what_many_ranks_tell_alike_only_once():
     came = [rank for rank in range(size) if rank != missing]
 
     # One after the other, and nobody waits: the last one finds what all the others have written.
-    calls = {r: RollCall(Crew(r, size, "n1"), "job", lambda: store, lambda: store) for r in came}
+    calls = {}
+    for rank in came:
+        register = Register(rank, size)
+        register.join(store)
+        calls[rank] = RollCall(Crew(rank, size, "n1"), register, lambda: store, lambda: store)
+    num_before = store.num_keys()
     *_, heard = [calls[rank].gather(said[rank], 0.0) for rank in came]
 
     assert heard == [said[rank] if rank != missing else None for rank in range(size)]
     keys_of_ranks, texts, alarms = size - 1, 2, 1
-    assert store.num_keys() == keys_of_ranks + texts + alarms
+    assert store.num_keys() - num_before == keys_of_ranks + texts + alarms

@@ -3,84 +3,105 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import pytest
 import torch.distributed as dist
 
-from shardscale.comm import incarnation, roll_call
+from shardscale.comm import register, roll_call
 from shardscale.comm.attendance import Crew, Place
-from shardscale.comm.roll_call import RollCall, introduce, prefix_of_world
+from shardscale.comm.register import Register
+from shardscale.comm.roll_call import RollCall
 
 FIRST = Place(1, 0)
 
 
-@pytest.fixture(autouse=True)
-def not_by_init_distributed(monkeypatch):
-    monkeypatch.setattr(incarnation, "_name", None)
-
-
 def one_of(store, rank=0, size=2):
-    return RollCall(
-        Crew(rank, size, f"n{rank}"), prefix_of_world(size), lambda: store, lambda: store
-    )
+    """A process that has joined."""
+    mine = Register(rank, size)
+    mine.join(store)
+    return RollCall(Crew(rank, size, f"n{rank}"), mine, lambda: store, lambda: store)
 
 
-def report(call, place=FIRST):
-    return call.report(place, " within 9 s", timeout_s=0.0)  # and nobody waits for the others
+def world(store, size=2):
+    return [one_of(store, rank, size) for rank in range(size)]
 
 
-def leave_everything(store, size):
-    """All that a rank 1 can write."""
-    introduce(store, prefix_of_world(size), 1)
-    call = one_of(store, 1, size)
-    call.write_late(FIRST)
+def report(call, place=FIRST, timeout_s=0.0):
+    return call.report(place, " within 9 s", timeout_s)
+
+
+def leave_everything(call):
+    """All that a rank can write."""
+    call.look(FIRST, is_late=True)
     report(call)
     call.gather("something", 0.0)
 
 
 def test_what_another_rank_has_written_is_read():
-    store = dist.HashStore()
-    leave_everything(store, size=2)
-    assert one_of(store).is_alarmed()
-    assert report(one_of(store)).startswith(
+    mine, other = world(dist.HashStore())
+    leave_everything(other)
+    assert mine.look(FIRST, is_late=False)
+    assert report(mine).startswith(
         "rank 0 of 2 (n0): verdict 1 (step 0) did not complete within 9 s. All ranks came"
     )
+    assert mine.gather("mine", 0.0) == ["mine", "something"]
 
 
-@pytest.mark.parametrize(("attempt", "size"), [("1", 2), ("0", 3)])
-def test_what_an_earlier_world_has_written_is_not(attempt, size, monkeypatch):
+@pytest.mark.parametrize("size", [2, 3])
+def test_what_an_earlier_world_has_written_is_not(size):
     """The store outlives the processes: torchrun starts them anew, or another number of them."""
     store = dist.HashStore()
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
-    leave_everything(store, size=2)
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", attempt)
-    assert not one_of(store, size=size).is_alarmed()
+    for call in world(store):
+        leave_everything(call)
+    mine = one_of(store, size=size)
+    assert not mine.look(FIRST, is_late=False)
     others = "ranks 1, 2" if size == 3 else "rank 1"
-    assert f"Did not come: {others}, never heard of." in report(one_of(store, size=size))
-    heard = one_of(store, size=size).gather("mine", 0.0)
-    assert heard == ["mine"] + [None] * (size - 1)
+    assert f"Did not come: {others}, never heard of." in report(mine)
+    assert mine.gather("mine", 0.0) == ["mine"] + [None] * (size - 1)
 
 
-def test_nodes_that_count_restarts_for_themselves_share_their_keys(monkeypatch):
-    """As torchrun's do. What all ranks agree on is the name that ``init_distributed`` gave them."""
+def test_a_rank_that_has_joined_again_is_known_by_its_new_host(monkeypatch):
+    store = dist.HashStore()
+    world(store)
+    monkeypatch.setattr(register.socket, "gethostname", lambda: "new")
+    mine, _ = world(store)
+    assert "Did not come: rank 1 (new), ready but never at a verdict." in report(mine)
+    mine.last = FIRST
+    assert "Did not come: rank 1 (new), last heard of at step 0." in report(mine, Place(2, 1))
 
-    def prefixes():
-        incarnation.assemble(dist.HashStore(), 0, 1, 1.0, "", "".join)
-        for count in "01":
-            monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", count)
-            yield prefix_of_world(4)
 
-    before, after = set(prefixes()), set(prefixes())
-    assert len(before) == len(after) == 1
-    assert before != after
+def test_a_process_that_joins_during_a_roll_call_does_not_divide_the_others():
+    """As where one rank is late to the first verdict, and another one is not there at all."""
+    store = dist.HashStore()
+    mine, other = one_of(store, 0, 4), one_of(store, 1, 4)
+    told = []
+    asking = threading.Thread(target=lambda: told.append(report(mine, timeout_s=30.0)))
+    asking.start()
+    wait_for(lambda: store.check(["shardscale/2/alarm"]))
+    third, fourth = one_of(store, 2, 4), one_of(store, 3, 4)
+    wait_for(lambda: other.look(FIRST, is_late=True))
+    for call in (other, third, fourth):
+        report(call)
+    asking.join(30)
+    assert "All ranks came" in told[0]
+
+
+def wait_for(condition):
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
 
 
 def test_a_late_mark_is_overwritten_by_the_next_one():
     store = dist.HashStore()
+    mine, other = world(store)
+    num_before = store.num_keys()
     for place in (Place(3, 2), Place(8, 7)):
-        one_of(store, 1).write_late(place)
-    assert store.num_keys() == 1
-    assert "Came, but no longer there: rank 1." in report(one_of(store), Place(8, 7))
+        other.look(place, is_late=True)
+    assert store.num_keys() == num_before + 1
+    assert "Came, but no longer there: rank 1 (" in report(mine, Place(8, 7))
 
 
 class Frozen(dist.Store):
@@ -102,6 +123,14 @@ class Frozen(dist.Store):
         self._wait()
         return self.inner.set(key, value)
 
+    def get(self, key):
+        self._wait()
+        return self.inner.get(key)
+
+    def add(self, key, amount):
+        self._wait()
+        return self.inner.add(key, amount)
+
     def multi_get(self, keys):
         self._wait()
         return self.inner.multi_get(keys)
@@ -111,19 +140,22 @@ class Frozen(dist.Store):
 def hasty(monkeypatch):
     for name in ("_GLANCE_S", "_STORE_PATIENCE_S"):
         monkeypatch.setattr(roll_call, name, 0.05)
+    monkeypatch.setattr(register, "_PATIENCE_S", 0.05)
 
 
 @pytest.mark.usefixtures("hasty")
 def test_a_store_that_does_not_answer_is_no_alarm_and_is_asked_only_once():
     """Its host may be stopped for a while, and each thread that asks it would stay there."""
     store = Frozen()
-    call = one_of(store)
-    assert [call.is_alarmed() for _ in range(3)] == [False] * 3
-    call.write_late(FIRST)
-    assert store.num_requests == 1
     store.goes_on.set()
-    report(one_of(store.inner, 1))
-    assert call.is_alarmed()
+    mine, other = world(store)
+    store.goes_on.clear()
+    num_before = store.num_requests
+    assert [mine.look(FIRST, is_late=True) for _ in range(3)] == [False] * 3
+    assert store.num_requests == num_before + 1
+    store.goes_on.set()
+    report(other)
+    assert mine.look(FIRST, is_late=True)
 
 
 @pytest.mark.usefixtures("hasty")
@@ -138,19 +170,25 @@ def test_a_report_does_not_wait_for_such_a_store_and_says_what_is_known_without_
 class Dead(dist.Store):
     """A store whose host is gone."""
 
-    def check(self, keys):
-        raise dist.DistNetworkError("Connection reset by peer")
-
-    def set(self, key, value):
-        raise dist.DistNetworkError("Connection reset by peer")
+    def __getattribute__(self, name):
+        if name in ("add", "get", "set", "check"):
+            raise dist.DistNetworkError("Connection reset by peer")
+        return super().__getattribute__(name)
 
 
 def test_a_store_that_is_gone_is_an_alarm_and_the_report_says_so():
-    call = one_of(Dead())
-    assert call.is_alarmed()
+    call = one_of(Dead())  # and no error yet
+    assert call.look(FIRST, is_late=False)
     assert "the store does not answer (DistNetworkError: Connection reset by peer)" in report(call)
     assert "died with the rank that hosted it" in report(call)
 
 
-def test_a_host_that_cannot_be_written_is_no_error():
-    introduce(Dead(), "job", 0)
+def test_who_could_not_join_at_once_does_so_when_it_matters():
+    """It must not take the number of an earlier world for its own."""
+    store = dist.HashStore()
+    world(store)
+    mine = Register(0, 2)
+    mine.join(Dead())  # and no error
+    report(RollCall(Crew(0, 2, "n0"), mine, lambda: store, lambda: store))
+    assert store.check(["shardscale/3/answer/0"])
+    assert not store.check(["shardscale/2/answer/0"])
