@@ -20,12 +20,13 @@ The folder must be one that all ranks see, and belong to this job alone.
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -35,12 +36,16 @@ from torch.optim import Optimizer
 
 from shardscale import ShardedGradScaler
 
-__all__ = ["load_newest", "save"]
+__all__ = ["CheckpointError", "load_newest", "save"]
 
-_NAME = re.compile(r"step-(\d+)")
+_NAME = re.compile(r"step-(\d+)(?:\.(\d+))?")
 _UNFINISHED = (".partial", ".old")
 
 T = TypeVar("T")
+
+
+class CheckpointError(RuntimeError):
+    """The folder cannot be used as it is; every rank raises it."""
 
 
 def save(
@@ -54,7 +59,10 @@ def save(
 ) -> None:
     """Save the job as it is between two steps; once this returns, the checkpoint is complete.
 
-    Wherever the job is killed, the newest complete checkpoint is this one or the one before.
+    Wherever the job is killed, the newest complete checkpoint is this one or the one before. Steps
+    only grow: to save one that is lower than the newest would be in vain, as it is the newest that
+    is loaded. One that is saved again lies beside the one before, as ``step-00000400.1``, which
+    counts as newer.
 
     Args:
         folder: Where the checkpoints lie; made if need be.
@@ -65,17 +73,17 @@ def save(
         keep: How many complete checkpoints to leave, the new one among them; at least 1.
 
     Raises:
-        RuntimeError: rank 0 could not tidy up or rename, on every rank.
+        CheckpointError: on every rank: ``keep`` is below 1, the folder has a complete checkpoint of
+            a later step, or rank 0 could not tidy up or rename.
 
     Collective: every rank of the job must call.
     """
-    whole = Path(folder) / f"step-{step:08d}"
-    partial = whole.with_suffix(".partial")
-    _on_rank_0(lambda: _sweep(Path(folder)))
+    partial = Path(folder) / f"step-{step:08d}.partial"
+    _on_rank_0(lambda: _prepare(Path(folder), step, keep))
     model_state, optimizer_state = get_state_dict(model, optimizer)
     parts = {"model": model_state, "optimizer": optimizer_state, "scaler": scaler}
     dcp.save(parts, checkpoint_id=partial)
-    _on_rank_0(lambda: _publish(partial, whole, keep))
+    _on_rank_0(lambda: _publish(partial, step, keep))
 
 
 def load_newest(
@@ -85,6 +93,8 @@ def load_newest(
     scaler: ShardedGradScaler,
 ) -> int:
     """Load the newest complete checkpoint, if there is one.
+
+    What has the name of a checkpoint but is none is passed over, with a warning on rank 0.
 
     Args:
         folder: Where :func:`save` put it.
@@ -97,48 +107,92 @@ def load_newest(
         then nothing was changed.
 
     Raises:
-        RuntimeError: rank 0 could not look into the folder, on every rank.
+        CheckpointError: on every rank: rank 0 could not look into the folder. One that does not
+            exist is no error; it has no checkpoint.
 
     Collective: every rank of the job must call.
     """
     # All take what one of them has found: a network's file system may show them different lists.
-    newest = _on_rank_0(lambda: max(_complete(Path(folder)), default=None))
+    newest = _on_rank_0(lambda: _newest(Path(folder)))
     if newest is None:
         return 0
-    step, path = newest
     model_state, optimizer_state = get_state_dict(model, optimizer)
     parts = {"model": model_state, "optimizer": optimizer_state, "scaler": scaler}
-    dcp.load(parts, checkpoint_id=path)
+    dcp.load(parts, checkpoint_id=newest.path)
     set_state_dict(model, optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state)
-    return step
+    return newest.step
 
 
-def _complete(folder: Path) -> list[tuple[int, Path]]:
-    """The complete checkpoints of a folder, oldest first."""
-    matches = [(_NAME.fullmatch(path.name), path) for path in folder.glob("step-*")]
-    return sorted((int(match[1]), path) for match, path in matches if match)
+class _Found(NamedTuple):
+    """What has the name of a checkpoint; of two, the newer one is the greater."""
+
+    step: int
+    again: int  # how many times the step had been saved before
+    path: Path
+
+    def is_complete(self) -> bool:
+        """Whether it is a checkpoint; its metadata is written last."""
+        try:
+            (self.path / ".metadata").stat()
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        return True
 
 
-def _publish(partial: Path, whole: Path, keep: int) -> None:
-    if whole.exists():  # saved twice at one step, as by a job that is stopped where it began
-        _delete(whole)
-    partial.rename(whole)
-    for _, path in _complete(whole.parent)[:-keep]:
-        _delete(path)
+def _newest(folder: Path) -> _Found | None:
+    for found in reversed(_named(folder)):
+        if found.is_complete():
+            return found
+        warnings.warn(f"{found.path} is no checkpoint: it has no file .metadata", stacklevel=2)
+    return None
 
 
-def _sweep(folder: Path) -> None:
-    """Delete what earlier jobs were killed in the middle of."""
+def _named(folder: Path) -> list[_Found]:
+    """What has the name of a checkpoint, oldest first."""
+    try:
+        # Not glob, for which a folder that cannot be read is an empty one.
+        names = os.listdir(folder)
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise CheckpointError(
+            f"the folder of checkpoints cannot be read: {error}. Name one that all ranks can read "
+            "and write, or that does not exist yet."
+        ) from error
+    matches = [match for name in names if (match := _NAME.fullmatch(name))]
+    return sorted(_Found(int(m[1]), int(m[2] or 0), folder / m[0]) for m in matches)
+
+
+def _prepare(folder: Path, step: int, keep: int) -> None:
+    """Make the folder, and delete what earlier jobs were killed in the middle of."""
+    if keep < 1:
+        raise CheckpointError(f"keep is {keep}, but must be at least 1.")
+    newest = _newest(folder)
+    if newest and newest.step > step:
+        raise CheckpointError(
+            f"step {step} is to be saved, but {newest.path} is of a later one, with which the next "
+            "job would go on. Go on from there with load_newest, or name another folder."
+        )
     folder.mkdir(parents=True, exist_ok=True)
-    for path in sorted(folder.glob("step-*")):  # .old first: others may have to take its name
+    for path in folder.glob("step-*"):
         if path.suffix in _UNFINISHED:
             _delete(path)
 
 
+def _publish(partial: Path, step: int, keep: int) -> None:
+    # Beside what has that name: a kill between two renames would leave nothing of this step.
+    taken = [found.again for found in _named(partial.parent) if found.step == step]
+    partial.rename(partial.with_suffix(f".{max(taken) + 1}" if taken else ""))
+    complete = [found for found in _named(partial.parent) if found.is_complete()]
+    for found in complete[:-keep]:
+        _delete(found.path)
+
+
 def _delete(path: Path) -> None:
     try:
-        # Renamed first: a folder half deleted must not look like a checkpoint.
-        shutil.rmtree(path.rename(path.with_suffix(".old")))
+        if path.suffix not in _UNFINISHED:  # a folder half deleted must not look like a checkpoint
+            path = path.rename(path.with_name(f"{path.name}.old"))
+        shutil.rmtree(path)
     except OSError as error:  # no reason to end a job
         warnings.warn(f"{path} could not be deleted: {error}", stacklevel=2)
 
@@ -152,11 +206,11 @@ def _on_rank_0(do: Callable[[], T]) -> T:
     if not dist.is_initialized() or dist.get_rank() == 0:
         try:
             told = [(do(), None)]
-        except OSError as error:
+        except Exception as error:  # noqa: BLE001  # whatever it is, the others wait for it
             told = [(None, f"rank 0: {error}")]
     if dist.is_initialized():
         dist.broadcast_object_list(told, src=0)
     result, problem = told[0]
     if problem is not None:
-        raise RuntimeError(problem)
+        raise CheckpointError(problem)
     return result  # type: ignore[return-value]

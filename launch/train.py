@@ -36,7 +36,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import typer
-from checkpoints import load_newest, save
+from checkpoints import CheckpointError, load_newest, save
 from steplog import RankLog
 
 import shardscale
@@ -124,7 +124,7 @@ def main(
             dist.barrier()
             if mpi := sys.modules.get("mpi4py.MPI"):
                 mpi.Finalize()  # or `-m mpi4py` takes a code other than 0 for a broken rank
-    except (ConfigError, OptionError) as error:
+    except (ConfigError, OptionError, CheckpointError) as error:
         if is_first:
             print(f"launch/train.py: {error}", file=sys.stderr)
         code = 2

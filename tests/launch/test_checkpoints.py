@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -100,15 +101,142 @@ def test_a_job_killed_while_it_saves_goes_on_from_the_checkpoint_before(ranks, t
 
 def save_often(rank, size, folder):
     job = Job()
-    for step in (1, 2, 2, 3):
+    for step in (1, 2, 2):
         save(job, folder, step, keep=2)
-    return load(Job(), folder)
+        job.train(0, 1)
+    job = trained(0, 3)
+    save(job, folder, 2, keep=2)
+    fresh = Job()
+    return load(fresh, folder), state(fresh) == state(job)
 
 
 def test_the_newest_are_kept(ranks, tmp_path):
-    """One saved twice is the newer of the two, and one."""
-    assert ranks.run(save_often, 1, folder=str(tmp_path)) == [3]
-    assert names(tmp_path) == ["step-00000002", "step-00000003"]
+    """One saved again is newer than the one before, and does not take its place at once."""
+    assert ranks.run(save_often, 1, folder=str(tmp_path)) == [(2, True)]
+    assert names(tmp_path) == ["step-00000002.1", "step-00000002.2"]
+
+
+class Killed(BaseException):
+    """No handler of an error may notice it, as none would notice a kill."""
+
+
+def killed_before(number, publish):
+    """Publish, as if killed before it renames or deletes for that time."""
+    left = iter(range(number))
+
+    def counted(act):
+        def acting(*args):
+            if next(left, None) is None:
+                raise Killed
+            return act(*args)
+
+        return acting
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "rename", counted(Path.rename))
+        patch.setattr(shutil, "rmtree", counted(shutil.rmtree))
+        publish()
+
+
+def save_again_and_be_killed(rank, size, folder, number):
+    job = trained(0, 2)
+    save(job, folder, 2, keep=1)
+    states = [state(job)]
+    job.train(2, 3)
+    states.append(state(job))
+    publish = checkpoints._publish
+    checkpoints._publish = lambda *args: killed_before(number, lambda: publish(*args))
+    was_killed = False
+    try:
+        save(job, folder, 2, keep=1)
+    except Killed:
+        was_killed = True
+    checkpoints._publish = publish
+    fresh = Job()
+    step, found = load(fresh, folder), states.index(state(fresh))
+    save(job, folder, 3, keep=1)
+    return was_killed, step, found
+
+
+@pytest.mark.parametrize(
+    ("number", "was_killed", "found"),
+    [(0, True, 0), (1, True, 1), (2, True, 1), (3, False, 1)],
+    ids=["not yet renamed", "both there", "not yet deleted", "not at all"],
+)
+def test_a_step_that_is_saved_again_is_there_wherever_the_job_is_killed(
+    ranks, tmp_path, number, was_killed, found
+):
+    """Renaming the new one, then the old one, then deleting the old one."""
+    told = ranks.run(save_again_and_be_killed, 1, folder=str(tmp_path), number=number)
+    assert told == [(was_killed, 2, found)]
+    assert names(tmp_path) == ["step-00000003"]
+
+
+def save_wrongly(rank, size, folder, step, keep):
+    job = trained(0, 2)
+    return outcome(lambda: save(job, folder, step, keep=keep))
+
+
+@pytest.mark.parametrize(
+    ("step", "keep", "sentence"),
+    [
+        (3, 2, "step 3 is to be saved, but {folder}/step-00000004 is of a later one, with which"),
+        (5, 0, "keep is 0, but must be at least 1."),
+    ],
+    ids=["a lower step", "keep"],
+)
+def test_what_would_be_saved_in_vain_is_an_error_on_every_rank(
+    ranks, tmp_path, step, keep, sentence
+):
+    """It must delete neither what is there nor, having said nothing, itself."""
+    ranks.run(save_and_load, 2, folder=str(tmp_path))
+    sentence = sentence.format(folder=tmp_path)
+    for told in ranks.run(save_wrongly, 2, folder=str(tmp_path), step=step, keep=keep):
+        assert told.error == "CheckpointError", told
+        assert told.message.startswith(f"rank 0: {sentence}")
+    assert names(tmp_path) == ["step-00000004"]
+
+
+def load_past_strays(rank, size, folder):
+    fresh = Job()
+    if rank == 0:
+        with pytest.warns(UserWarning, match="no checkpoint: it has no file .metadata") as warned:
+            step = load(fresh, folder)
+    else:
+        warned, step = [], load(fresh, folder)
+    is_same = state(fresh) == state(trained(0, 4))
+    return step, is_same, [str(warning.message).split()[0] for warning in warned]
+
+
+def test_what_has_the_name_of_a_checkpoint_but_is_none_is_passed_over_and_named(ranks, tmp_path):
+    ranks.run(save_and_load, 2, folder=str(tmp_path))
+    (tmp_path / "step-00000003").mkdir()  # older than the newest, so of no interest
+    (tmp_path / "step-00000900").mkdir()
+    (tmp_path / "step-00000901").touch()
+    named = [f"{tmp_path}/step-00000901", f"{tmp_path}/step-00000900"]
+    told = ranks.run(load_past_strays, 2, folder=str(tmp_path))
+    assert told == [(4, True, named), (4, True, [])]
+
+
+def load_what_rank_0_cannot_read(rank, size, folder, kind):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    if kind == "closed" and rank == 0:
+        os.listdir = refuse  # for root, a folder's mode refuses nothing
+    job = Job()
+    return outcome(lambda: load(job, folder)), outcome(lambda: job.train(0, 1)).error
+
+
+@pytest.mark.parametrize("kind", ["closed", "a file"])
+def test_a_folder_that_cannot_be_read_is_not_one_without_checkpoints(ranks, tmp_path, kind):
+    """The job would begin anew, and say nothing."""
+    folder = tmp_path / "checkpoints"
+    folder.touch() if kind == "a file" else folder.mkdir()
+    told = ranks.run(load_what_rank_0_cannot_read, 2, folder=str(folder), kind=kind)
+    for loaded, trained_on in told:
+        assert loaded.error == "CheckpointError" and loaded.message.startswith("rank 0: "), loaded
+        assert str(folder) in loaded.message and trained_on is None
 
 
 def save_where_no_folder_can_be(rank, size, folder):
@@ -121,5 +249,5 @@ def test_what_rank_0_cannot_do_is_raised_on_every_rank(ranks, tmp_path):
     (tmp_path / "file").touch()
     folder = str(tmp_path / "file" / "checkpoints")
     for saved, trained in ranks.run(save_where_no_folder_can_be, 2, folder=folder):
-        assert saved.error == "RuntimeError" and "rank 0" in saved.message, saved
+        assert saved.error == "CheckpointError" and "rank 0" in saved.message, saved
         assert folder in saved.message and trained is None

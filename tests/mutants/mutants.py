@@ -81,6 +81,7 @@ _BRING_UP = "tests/ranks/test_bring_up.py"
 _MPI = "tests/cluster/test_mpi.py"
 _OVER_MPI = f"{_MPI}::test_mpi_keeps_the_contract[mpich-2]"
 _BATCH = "tests/launch/test_batch_scripts.py"
+_SAVED = "tests/launch/test_checkpoints.py"
 
 MUTANTS = [
     Mutant(
@@ -319,12 +320,47 @@ MUTANTS = [
     Mutant(
         "a save that never ended is a checkpoint",
         "launch/checkpoints.py",
-        "_NAME.fullmatch(path.name)",
-        "_NAME.match(path.name)",
+        "_NAME.fullmatch(name)",
+        "_NAME.match(name)",
         (
-            "tests/launch/test_checkpoints.py"
-            "::test_a_job_killed_while_it_saves_goes_on_from_the_checkpoint_before[writing]",
+            f"{_SAVED}::test_a_job_killed_while_it_saves_goes_on_from_the_checkpoint_before[writing]",
         ),
+    ),
+    Mutant(
+        "what only has the name of a checkpoint is loaded",
+        "launch/checkpoints.py",
+        "        if found.is_complete():\n            return found\n",
+        "        return found\n",
+        (f"{_SAVED}::test_what_has_the_name_of_a_checkpoint_but_is_none_is_passed_over_and_named",),
+    ),
+    Mutant(
+        "a folder that cannot be read has no checkpoints",
+        "launch/checkpoints.py",
+        "except FileNotFoundError:\n        return []",
+        "except OSError:\n        return []",
+        (f"{_SAVED}::test_a_folder_that_cannot_be_read_is_not_one_without_checkpoints",),
+    ),
+    Mutant(
+        "a step saved again takes the place of the one before",
+        "launch/checkpoints.py",
+        "    taken = [found.again for found in _named(partial.parent) if found.step == step]\n",
+        """\
+    taken: list[int] = []
+    for found in _named(partial.parent):
+        if found.step == step:
+            shutil.rmtree(found.path)
+""",
+        (
+            f"{_SAVED}::test_a_step_that_is_saved_again_is_there_wherever_the_job_is_killed"
+            "[both there]",
+        ),
+    ),
+    Mutant(
+        "a step lower than the newest is saved in vain",
+        "launch/checkpoints.py",
+        "if newest and newest.step > step:",
+        "if False and newest:",
+        (f"{_SAVED}::test_what_would_be_saved_in_vain_is_an_error_on_every_rank[a lower step]",),
     ),
     Mutant(
         "step unscales what unscale_ has unscaled",
