@@ -29,7 +29,7 @@ def overflow_text(options: JobOptions, result: JobResult) -> str:
         return "No overflow was injected."
     rank, step, param = options.inject
     if result.overflowed is None:
-        return f"Overflowed at step {step}, before the job was continued."
+        return f"No overflow was injected: this run began after step {step}."
     instead = f" (it holds nothing of {param})" if param not in (None, result.overflowed) else ""
     return f"Overflowed at step {step}: rank {rank}, its shard of {result.overflowed}{instead}."
 

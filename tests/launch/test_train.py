@@ -52,6 +52,7 @@ def test_a_rank_that_is_told_to_stop_saves_and_the_next_one_goes_on(tmp_path: Pa
     assert rank.returncode == 0, errors
     assert "rank 0 of 1 (local 0 of 1, node 0 of 1) by alone:" in output
     assert "agree: 1 of 1 ranks applied 3 of 3 steps, skipped 0" in output
+    assert "No overflow was injected: this run began after step 2." in output
     entries = [json.loads(line) for line in lines.read_text().splitlines()]
     assert [entry["step"] for entry in entries] == list(range(1, stopped + 4))
     assert [entry["step"] for entry in entries if entry["skipped"]] == [2]
