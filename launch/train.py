@@ -98,9 +98,12 @@ def main(
 
             training = Training(options, share_digits(device), communicator(comm))
             if checkpoint:
-                training.go_on_after(load_newest(checkpoint, *training.parts))
+                go_on(training, steps, checkpoint)
                 if is_first and training.num_done:
-                    print(f"launch/train.py: goes on after step {training.num_done}", flush=True)
+                    end = ", which was the last" if training.num_done == steps else ""
+                    print(
+                        f"launch/train.py: goes on after step {training.num_done}{end}", flush=True
+                    )
             log = RankLog(step_log, env.rank) if step_log else None
             console = make_console(quiet=not is_first)
             with show_progress(console, [options]) as show:
@@ -153,6 +156,20 @@ def communicator(comm: str) -> shardscale.Communicator | None:
         ) from None
 
     return shardscale.comm.MPIComm(MPI.COMM_WORLD)
+
+
+def go_on(training: Training, steps: int, checkpoint: Path) -> None:
+    """Go on from the newest checkpoint, unless it lies beyond the last step.
+
+    Collective: every rank of the job must call.
+    """
+    num_done = load_newest(checkpoint, *training.parts)
+    if num_done > steps:
+        raise OptionError(
+            f"--steps is {steps}, but the newest checkpoint in {checkpoint} is of step {num_done}. "
+            "Ask for more steps, or name another folder to begin anew."
+        )
+    training.go_on_after(num_done)
 
 
 def train(

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -57,6 +58,47 @@ def test_a_rank_that_is_told_to_stop_saves_and_the_next_one_goes_on(tmp_path: Pa
     assert [entry["step"] for entry in entries] == list(range(1, stopped + 4))
     assert [entry["step"] for entry in entries if entry["skipped"]] == [2]
     assert len({entry["digest"] for entry in entries}) == len(entries) - 1, "a step changed nothing"
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a checkpoint of step 2."""
+    folder = tmp_path_factory.mktemp("saved")
+    rank = start("--steps", "2", "--checkpoint", folder)
+    _, errors = rank.communicate(timeout=90)
+    assert rank.returncode == 0, errors
+    return folder
+
+
+def test_fewer_steps_than_the_checkpoint_has_are_refused_on_every_rank(saved: Path):
+    ranks = [
+        start("--steps", "1", "--checkpoint", saved, **variables) for variables in two_of_torchrun()
+    ]
+    said = [rank.communicate(timeout=90) for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [2, 2], said
+    assert said[0][1].endswith(
+        f"launch/train.py: --steps is 1, but the newest checkpoint in {saved} is of step 2. "
+        "Ask for more steps, or name another folder to begin anew.\n"
+    )
+    assert "launch/train.py" not in said[1][1]
+
+
+def test_a_job_that_is_over_is_over_when_it_is_started_again(saved: Path):
+    """As by a scheduler that has missed its end."""
+    rank = start("--steps", "2", "--checkpoint", saved)
+    output, errors = rank.communicate(timeout=90)
+    assert rank.returncode == 0, errors
+    assert "launch/train.py: goes on after step 2, which was the last\n" in output
+    assert "applied 0 of 0 steps" in output
+
+
+def two_of_torchrun() -> list[dict[str, str]]:
+    """What torchrun tells its two ranks."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    both = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0", "GROUP_WORLD_SIZE": "1"}
+    both |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [both | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
 
 
 def test_what_is_wrong_is_said_before_torch_is_imported():

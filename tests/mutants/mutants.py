@@ -363,6 +363,26 @@ MUTANTS = [
         (f"{_SAVED}::test_what_would_be_saved_in_vain_is_an_error_on_every_rank[a lower step]",),
     ),
     Mutant(
+        "fewer steps than the checkpoint has are none",
+        "launch/train.py",
+        "if num_done > steps:",
+        "if num_done > steps + 1:",
+        (
+            "tests/launch/test_train.py"
+            "::test_fewer_steps_than_the_checkpoint_has_are_refused_on_every_rank",
+        ),
+    ),
+    Mutant(
+        "a run that goes on claims the overflow of the run before",
+        "shardscale/demo/table.py",
+        "    if result.overflowed is None:\n",
+        "    if result.overflowed is None and not result.ticks:\n",
+        (
+            "tests/launch/test_train.py"
+            "::test_a_rank_that_is_told_to_stop_saves_and_the_next_one_goes_on",
+        ),
+    ),
+    Mutant(
         "step unscales what unscale_ has unscaled",
         "shardscale/judge.py",
         """\
