@@ -4,11 +4,17 @@
 #   launch/mpirun.sh -n 4 launch/train.py --steps 100
 #   MPIRUN_FLAGS="--hostfile hosts" launch/mpirun.sh -n 8 launch/train.py
 #
-# --oversubscribe allows more ranks than there are cores, --as-root is for containers; MPICH asks
-# for neither. MPIRUN_FLAGS is given to mpirun as it stands. Without -n there is a rank for each
-# slot, as in a job of Slurm.
+#   -n N              ranks; one for each slot, as in a job of Slurm, if not given
+#   --oversubscribe   more ranks than there are cores
+#   --as-root         root is meant, as in a container
+#
+# MPICH asks for neither of the last two. MPIRUN_FLAGS is given to mpirun as it stands.
 set -euo pipefail
 
+usage() { # what stands above
+    sed -n '2,/^set/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+    exit
+}
 fail() {
     echo "launch/mpirun.sh: $*" >&2
     exit 2
@@ -32,6 +38,7 @@ name_of() {
 number=() oversubscribe=false as_root=false
 while [[ ${1:-} == -* ]]; do
     case $1 in
+        -h | --help) usage ;;
         -n)
             [[ ${2:-} =~ ^[1-9][0-9]{0,5}$ ]] || fail "-n is '${2:-}', but must be a number from 1 on."
             number=(-n "$2")

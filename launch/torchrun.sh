@@ -4,12 +4,21 @@
 #   launch/torchrun.sh --ranks-per-node 4 launch/train.py --steps 100
 #   RDZV_ENDPOINT=node0:29400 RDZV_ID=monday launch/torchrun.sh --nodes 2 launch/train.py
 #
+#   --ranks-per-node N   one rank for each GPU, or for each core where there is none, if not given
+#   --nodes N            machines, 1 if not given
+#   --node N             which of them this is, see below
+#   --max-restarts N     how often all ranks start anew after one has failed, 0 if not given
+#
 # With several, run the same line on each of them. RDZV_ENDPOINT is a free port of one of them, by
 # the name it has for the others; RDZV_ID is a word that no other job uses. Where a machine does not
 # recognise its own name there, --node tells which one it is; number 0 is that of the endpoint.
 # On Slurm use slurm/torchrun.sbatch, which needs none of this.
 set -euo pipefail
 
+usage() { # what stands above
+    sed -n '2,/^set/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+    exit
+}
 fail() {
     echo "launch/torchrun.sh: $*" >&2
     exit 2
@@ -22,8 +31,9 @@ take() {
 }
 
 nodes=1 ranks_per_node=auto max_restarts=0 node=
-while [[ ${1:-} == --* ]]; do
+while [[ ${1:-} == -* ]]; do
     case $1 in
+        -h | --help) usage ;;
         --nodes) take nodes "$1" 1 "${@:2:1}" ;;
         --ranks-per-node) take ranks_per_node "$1" 1 "${@:2:1}" ;;
         --max-restarts) take max_restarts "$1" 0 "${@:2:1}" ;;

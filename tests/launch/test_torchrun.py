@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -161,3 +162,17 @@ def test_what_is_wrong_is_said_before_anything_starts(
     code, output, errors = run("launch/torchrun.sh", *words, **variables)
     assert (code, output) == (2, "")
     assert errors.startswith(f"launch/torchrun.sh: {sentence}")
+
+
+@pytest.mark.parametrize("script", ["torchrun", "mpirun"])
+@pytest.mark.parametrize("word", ["-h", "--help"])
+def test_a_script_shows_how_it_is_used(script: str, word: str):
+    """With every option that it takes, and nothing of its code."""
+    path = ROOT / "launch" / f"{script}.sh"
+    code, output, errors = run(str(path), word)
+    assert (code, errors) == (0, "")
+    assert output.startswith("Starts ") and f"  launch/{script}.sh -" in output
+    taken = re.findall(r"^        (--?[a-z-]+)\)", path.read_text(), re.MULTILINE)
+    assert len(taken) > 2
+    assert [option for option in taken if f"\n  {option} " not in output] == []
+    assert "set -" not in output
