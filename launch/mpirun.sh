@@ -58,11 +58,16 @@ command -v mpirun >/dev/null ||
 command -v python >/dev/null || fail "there is no python in PATH: activate its environment first."
 starter=$(name_of "$(mpirun --version 2>&1)")
 library=$(python -c '
-import mpi4py
-mpi4py.rc.initialize = False
-from mpi4py import MPI
+try:
+    import mpi4py
+    mpi4py.rc.initialize = False
+    from mpi4py import MPI
+except Exception as error:  # RuntimeError where there is no MPI
+    print(error)
+    raise SystemExit(1)
 print(MPI.Get_library_version().strip("\0\n "))') ||
-    fail "$(command -v python) cannot load mpi4py: pip install mpi4py, beside the MPI of this mpirun."
+    fail "$(command -v python) cannot load mpi4py${library:+ (${library%%$'\n'*})}: pip install mpi4py," \
+        "beside the MPI of this mpirun."
 library=$(name_of "$library")
 # An mpirun of another MPI would start so many worlds of one rank each.
 [[ $starter == "$library" ]] ||

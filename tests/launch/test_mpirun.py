@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -153,7 +154,10 @@ def test_what_cannot_be_started_is_one_sentence(words, sentence: str, program: s
 
 def test_without_mpi4py_it_says_which_python(program: str, tmp_path: Path):
     bins = fake(tmp_path / "bin", "mpirun", "echo HYDRA 5.0")
-    fake(bins, "python", "exit 1")
+    fake(bins, "python", f'exec {sys.executable} -S "$@"')  # which has the standard library alone
     done = launch([bins], program)
     assert done.returncode == 2
-    assert f"{bins}/python cannot load mpi4py" in done.stderr
+    assert done.stderr == (
+        f"launch/mpirun.sh: {bins}/python cannot load mpi4py (No module named 'mpi4py'): pip "
+        "install mpi4py, beside the MPI of this mpirun.\n"
+    )
