@@ -7,6 +7,7 @@ asked. It needs Python alone, so it runs on a login node that has no torch.
 from __future__ import annotations
 
 import argparse
+import re
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,12 @@ from pathlib import Path
 from sbatch import Job, option, render
 
 __all__ = ["main", "submit"]
+
+# Said by sbatch (22.05) without a slurm.conf, and where its controller is not running.
+_NO_ANSWER = re.compile(
+    "Could not establish a configuration source|Unable to process configuration file"
+    "|Unable to contact slurm controller"
+)
 
 
 def main(words: Sequence[str]) -> None:
@@ -54,7 +61,7 @@ def submit(job: Job, arguments: Sequence[str] = ()) -> str:
         arguments: For its program.
 
     Raises:
-        SystemExit: Slurm is not here, or refuses the job; the text says why.
+        SystemExit: Slurm is not here, does not answer or refuses the job; the text says why.
     """
     if shutil.which("sbatch") is None:
         sys.exit("There is no sbatch in PATH: submit on a login node of the cluster.")
@@ -68,8 +75,11 @@ def submit(job: Job, arguments: Sequence[str] = ()) -> str:
                 text=True,
                 check=False,
             )
-            if done.returncode != 0:
-                sys.exit(f"Slurm refuses the job: {done.stderr.strip()}")
+            if done.returncode == 0:
+                continue
+            if silent := _NO_ANSWER.search(done.stderr):
+                sys.exit(f"No Slurm answers ({silent[0]}): submit on a login node of the cluster.")
+            sys.exit(f"Slurm refuses the job: {done.stderr.strip()}")
     return done.stdout
 
 

@@ -165,6 +165,26 @@ def test_a_job_that_slurm_refuses_is_not_submitted(tmp_path: Path):
     assert len(log.read_text().splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    "last",
+    [
+        "sbatch: fatal: Could not establish a configuration source",
+        "sbatch: fatal: Unable to process configuration file",
+        "allocation failure: Unable to contact slurm controller (connect failure)",
+    ],
+)
+def test_where_no_slurm_answers_it_says_where_to_go(tmp_path: Path, last: str):
+    """In the words of sbatch 22.05, of which the first lines tell nobody anything."""
+    said = (
+        f'echo "sbatch: error: fetch_config: DNS SRV lookup failed" >&2; echo "{last}" >&2; exit 1'
+    )
+    program(tmp_path / "bin", "sbatch", said)
+    done = command_line("srun", "--submit", PATH=f"{tmp_path}/bin:{os.environ['PATH']}")
+    assert done.returncode == 1
+    reason = last.split(": ")[-1].removesuffix(" (connect failure)")
+    assert done.stderr == f"No Slurm answers ({reason}): submit on a login node of the cluster.\n"
+
+
 def test_without_sbatch_it_says_where_to_go(tmp_path: Path):
     done = command_line("srun", "--submit", PATH=str(tmp_path))
     assert done.returncode == 1

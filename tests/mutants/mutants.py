@@ -81,6 +81,7 @@ _BRING_UP = "tests/ranks/test_bring_up.py"
 _MPI = "tests/cluster/test_mpi.py"
 _OVER_MPI = f"{_MPI}::test_mpi_keeps_the_contract[mpich-2]"
 _BATCH = "tests/launch/test_batch_scripts.py"
+_SBATCH = "tests/launch/test_sbatch.py"
 _SAVED = "tests/launch/test_checkpoints.py"
 
 MUTANTS = [
@@ -1725,6 +1726,13 @@ MUTANTS = [
         "is_host={int(environ['SLURM_NODEID'] == '0')}",
         "is_host=1",
         ("tests/launch/test_torchrun.py::test_all_nodes_of_a_job_meet_on_the_first",),
+    ),
+    Mutant(
+        "a Slurm that does not answer is said to refuse the job",
+        "launch/slurm.py",
+        '    "|Unable to contact slurm controller"\n',
+        "",
+        (f"{_SBATCH}::test_where_no_slurm_answers_it_says_where_to_go",),
     ),
     Mutant(
         "a job is requeued for ever",
