@@ -46,6 +46,11 @@ def main(words: Sequence[str]) -> None:
     is_submitted = asked.pop("submit")
     if arguments and not is_submitted:
         parser.error(f"'{' '.join(arguments)}' is for the program, which runs only with --submit.")
+    if asked["launcher"] == "requeue":  # a name in slurm/, beside those of the launchers
+        parser.error(
+            "requeue is an option of the launchers, as in: "
+            "python launch/slurm.py srun --max-requeues 3"
+        )
     try:
         job = Job(**asked)
     except ValueError as error:

@@ -140,6 +140,9 @@ def test_the_command_line_says_what_is_wrong():
     done = command_line("srun", "--", "--steps", "3")
     assert done.returncode == 2
     assert done.stderr.endswith("'--steps 3' is for the program, which runs only with --submit.\n")
+    done = command_line("requeue")
+    assert done.returncode == 2
+    assert done.stderr.endswith("as in: python launch/slurm.py srun --max-requeues 3\n")
 
 
 def test_a_job_is_tested_before_it_is_submitted(tmp_path: Path):
