@@ -100,8 +100,13 @@ class Report:
         unfinished.replace(path)
 
     def _say(self, line: str) -> None:
-        self._out.write(line.rstrip() + "\n")
-        self._out.flush()
+        try:
+            self._out.write(line.rstrip() + "\n")
+            self._out.flush()
+        except BrokenPipeError:
+            # As by `head`. The other ranks, the file and the exit code need the rest all the same.
+            # The descriptor, because what is left in the buffer is written at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._out.fileno())
 
 
 def _lines(rows: Sequence[tuple[str, ...]]) -> list[str]:

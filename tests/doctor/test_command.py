@@ -13,7 +13,7 @@ import pytest
 
 from shardscale import cli
 from shardscale.doctor import command
-from shardscale.doctor.codes import Code
+from shardscale.doctor.codes import Code, Failure
 from shardscale.doctor.report import Report
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -95,6 +95,18 @@ def test_a_report_that_cannot_be_written_is_an_option_that_cannot_be_used(
     report = Report(sys.stdout, tmp_path / "no" / "folder")
     assert report.conclude() == Code.USAGE
     assert "USAGE: --json " in capsys.readouterr().out
+
+
+def test_a_report_that_nobody_reads_to_its_end_is_written_all_the_same(tmp_path: Path):
+    """As by `shardscale doctor | head -3`."""
+    reader, writer = os.pipe()
+    path = tmp_path / "report.json"
+    with os.fdopen(writer, "w") as out:
+        report = Report(out, path)
+        os.close(reader)
+        report.fail(Failure(Code.GROUP, "no group"))
+        assert report.conclude() == Code.GROUP
+    assert json.loads(path.read_text())["code"] == Code.GROUP
 
 
 def test_the_help_of_the_command_line_names_it(

@@ -1488,6 +1488,16 @@ MUTANTS = [
         ),
     ),
     Mutant(
+        "the doctor breaks off where nobody reads on",
+        "shardscale/doctor/report.py",
+        "except BrokenPipeError:",
+        "except InterruptedError:",
+        (
+            "tests/doctor/test_command.py"
+            "::test_a_report_that_nobody_reads_to_its_end_is_written_all_the_same",
+        ),
+    ),
+    Mutant(
         "the doctor looks at what rank 0 saw alone",
         "shardscale/doctor/checks.py",
         "if all(saw == check.right for saw in seen.values()):",
