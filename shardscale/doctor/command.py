@@ -21,12 +21,24 @@ from shardscale.doctor.exchange import Exchange, LostError
 from shardscale.doctor.facts import look_at_oneself
 from shardscale.doctor.report import Report
 from shardscale.doctor.rounds import EndedError, Rounds
+from shardscale.doctor.sections import Section
 from shardscale.errors import ConfigError, ShardScaleError
 
 __all__ = ["main"]
 
 _LIMIT_S = 60.0
 _GRACE_S = 10.0
+_ALONE = Section(
+    "one rank alone",
+    [
+        (
+            "There was nobody to agree with. Start it on two or more, as you start your training: "
+            "torchrun --nproc-per-node 2 -m shardscale doctor, "
+            "srun --ntasks 2 python -m shardscale doctor or "
+            "mpirun -n 2 python -m mpi4py -m shardscale doctor.",
+        )
+    ],
+)
 
 
 def main(arguments: Sequence[str]) -> NoReturn:
@@ -79,6 +91,8 @@ def _take_part(env: RankEnv, report: Report, options: argparse.Namespace) -> tup
             timeout_s=options.timeout,
             with_checks=not options.no_checks,
         )
+        if env.world_size == 1:
+            report.show(_ALONE)
         return rounds.end(), True
     except EndedError as error:
         return error.code, False

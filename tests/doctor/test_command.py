@@ -40,6 +40,7 @@ def test_under_torchrun_every_rank_is_heard_and_torchs_defects_are_facts(tmp_pat
     done = run(*TORCHRUN, "-m", "shardscale", "doctor", "--json", str(path))
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "All is well."
+    assert "one rank alone" not in done.stdout
     for title in ("launcher", "ranks", "devices", "versions", "network", "MPI", "process group"):
         assert re.search(f"^{title}$", done.stdout, re.MULTILINE), title
     assert re.search(r"^  F1  a fused .*  right: skipped, scale 2$", done.stdout, re.MULTILINE)
@@ -72,6 +73,7 @@ def test_alone_and_without_extras_it_works_and_says_which_checks_need_more_ranks
     assert re.search(r"^  F1  a fused .* needs 2 ranks$", done.stdout, re.MULTILINE)
     assert re.search(r"^  F5  plain and .* right: stepped, scale 4$", done.stdout, re.MULTILINE)
     assert "rank 0 of 1" in done.stdout
+    assert re.search(r"^one rank alone\n  .* Start it on two or more, ", done.stdout, re.MULTILINE)
 
 
 def test_a_wrong_environment_is_one_sentence_and_its_own_exit_code(
