@@ -123,12 +123,12 @@ def _as_ranks(declared: object) -> list[int] | None:
 
 
 def say_ranks(ranks: Iterable[int]) -> str:
-    """Ranks for people, runs of more than two shortened: "ranks 0-3, 8"."""
+    """Ranks for people: ``[0, 1, 2, 5]`` -> ``ranks 0-2, 5``."""
     runs: list[list[int]] = []
     for rank in sorted(ranks):
         if runs and rank == runs[-1][-1] + 1:
             runs[-1].append(rank)
         else:
             runs.append([rank])
-    texts = [f"{run[0]}-{run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs]
+    texts = [f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs]
     return ("rank " if sum(map(len, runs)) == 1 else "ranks ") + ", ".join(texts)

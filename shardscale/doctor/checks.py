@@ -16,7 +16,8 @@ from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler as Torc
 from shardscale.doctor import cases
 from shardscale.doctor.codes import Code, Failure
 from shardscale.doctor.ground import Ground
-from shardscale.doctor.sections import Judged, Section, by_value, named
+from shardscale.doctor.sections import Judged, Section, by_value
+from shardscale.owners import say_ranks
 from shardscale.scaler import ShardedGradScaler
 
 __all__ = ["Check", "CHECKS", "judge_ours", "judge_torchs", "see"]
@@ -153,7 +154,7 @@ def judge_ours(check: Check, seen: Mapping[int, str]) -> Judged:
     if words:
         return Judged([_row("shardscale's scaler", check, words)])
     words = f"FAILED: {by_value(seen)}; right is: {check.right}"
-    where = named(rank for rank, saw in seen.items() if saw != check.right)
+    where = say_ranks(rank for rank, saw in seen.items() if saw != check.right)
     what = f"{check.label}, {check.promise}: wrong with shardscale's scaler on {where}."
     return Judged([_row("shardscale's scaler", check, words)], [Failure(Code.CHECK, what)])
 

@@ -9,7 +9,8 @@ from shardscale.doctor.codes import Code, Failure
 from shardscale.doctor.facts import Device, Facts
 from shardscale.doctor.interfaces import VARIABLES, trouble_with
 from shardscale.doctor.mpi import trouble_with as mpi_trouble_with
-from shardscale.doctor.sections import Judged, Section, by_value, named, who_said
+from shardscale.doctor.sections import Judged, Section, by_value, who_said
+from shardscale.owners import say_ranks
 
 __all__ = ["judge", "judge_told"]
 
@@ -56,8 +57,8 @@ def _ranks_on(host: str, facts: Mapping[int, Facts]) -> tuple[str, ...]:
     here = {rank: each for rank, each in facts.items() if each.host == host}
     nodes = by_value({rank: f"node {f.env.node} of {f.env.num_nodes}" for rank, f in here.items()})
     sizes = by_value({rank: str(each.env.world_size) for rank, each in here.items()})
-    local = named(each.env.local_rank for each in here.values())
-    return (host, nodes, f"{named(here)} of {sizes}", f"local {local}")
+    local = say_ranks(each.env.local_rank for each in here.values())
+    return (host, nodes, f"{say_ranks(here)} of {sizes}", f"local {local}")
 
 
 def _devices(facts: Mapping[int, Facts], hosts: Mapping[str, int]) -> Iterator[tuple[str, ...]]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from shardscale.doctor.codes import Failure
+from shardscale.owners import say_ranks
 
-__all__ = ["by_value", "Judged", "named", "Section", "who_said"]
+__all__ = ["by_value", "Judged", "Section", "who_said"]
 
 _AT_MOST = 8  # different sayings; a thousand ranks may all put the same thing differently
 
@@ -28,19 +29,6 @@ class Judged(NamedTuple):
     """What all ranks have to know for the next part."""
 
 
-def named(ranks: Iterable[int]) -> str:
-    """``[0, 1, 2, 5]`` -> ``ranks 0-2, 5``."""
-    runs: list[list[int]] = []
-    for rank in sorted(ranks):
-        if runs and rank == runs[-1][-1] + 1:
-            runs[-1].append(rank)
-        else:
-            runs.append([rank])
-    words = [f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs]
-    is_one = len(runs) == 1 and len(runs[0]) == 1
-    return ("rank " if is_one else "ranks ") + ", ".join(words)
-
-
 def by_value(values: Mapping[int, str]) -> str:
     """What the ranks said: once if they all said the same, else who said what."""
     return who_said(values) if len(set(values.values())) > 1 else next(iter(values.values()))
@@ -51,8 +39,8 @@ def who_said(values: Mapping[int, str]) -> str:
     said: dict[str, list[int]] = {}
     for rank in sorted(values):
         said.setdefault(values[rank], []).append(rank)
-    words = [f"{named(ranks)}: {value}" for value, ranks in said.items()]
+    words = [f"{say_ranks(ranks)}: {value}" for value, ranks in said.items()]
     if len(words) > _AT_MOST:
-        others = named(rank for ranks in list(said.values())[_AT_MOST:] for rank in ranks)
+        others = say_ranks(rank for ranks in list(said.values())[_AT_MOST:] for rank in ranks)
         words = [*words[:_AT_MOST], f"more on {others}"]
     return "; ".join(words)

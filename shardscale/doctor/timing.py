@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 
 from shardscale.doctor.codes import Code, Failure
-from shardscale.doctor.sections import Judged, Section, named
+from shardscale.doctor.sections import Judged, Section
+from shardscale.owners import say_ranks
 
 __all__ = ["judge", "median_times"]
 
@@ -34,7 +35,9 @@ def judge(found: Mapping[int, Mapping[str, float | str]]) -> Judged:
         wrong = {rank: time_s for rank, time_s in of_kind.items() if isinstance(time_s, str)}
         times = {rank: time_s for rank, time_s in of_kind.items() if not isinstance(time_s, str)}
         if wrong:
-            what = f"the all-reduce on {kind} summed wrongly: {named(wrong)}: {wrong[min(wrong)]}."
+            what = (
+                f"the all-reduce on {kind} summed wrongly: {say_ranks(wrong)}: {wrong[min(wrong)]}."
+            )
             failures.append(Failure(Code.ALL_REDUCE, what))
         if times:
             slowest = max(times, key=times.__getitem__)

@@ -14,7 +14,8 @@ from shardscale.doctor.facts import Device, Facts
 from shardscale.doctor.interfaces import Interface, interfaces, trouble_with
 from shardscale.doctor.mpi import MPI
 from shardscale.doctor.mpi import trouble_with as mpi_trouble_with
-from shardscale.doctor.sections import by_value, named
+from shardscale.doctor.sections import by_value
+from shardscale.owners import say_ranks
 
 THERE = [
     Interface("lo", True, ["127.0.0.1", "::1"]),
@@ -214,8 +215,8 @@ def test_the_slowest_rank_is_named():
 
 
 def test_ranks_are_put_into_words():
-    assert named([5, 0, 1, 2]) == "ranks 0-2, 5"
-    assert named([3]) == "rank 3"
+    assert say_ranks([5, 0, 1, 2]) == "ranks 0-2, 5"
+    assert say_ranks([3]) == "rank 3"
     assert by_value({0: "a", 1: "a"}) == "a"
     assert by_value({1: "a", 0: "b", 2: "a"}) == "rank 0: b; ranks 1-2: a"
     of_many = by_value({rank: str(rank) for rank in range(100)})

@@ -205,7 +205,7 @@ def test_describe_names_holders_and_owner(rank_of_4):
         f"rank {across[0]}",
     ]
     assert [cell.strip() for cell in rows[1][3:5]] == [
-        f"ranks {across[0]}, {across[1]}; copies: ranks {along[0]}, {along[1]}",
+        f"ranks {across[0]}, {across[1]}; copies: ranks {along[0]}-{along[1]}",
         "another rank" if rank_of_4 == 3 else "rank 0",
     ]
 
