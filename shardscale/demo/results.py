@@ -30,7 +30,7 @@ class RankRow(NamedTuple):
 class JobResult(NamedTuple):
     """The outcome of one job, the same on every rank.
 
-    ``overflowed`` is the parameter whose gradient shard was made infinite, None without injection.
+    ``overflowed`` is the parameter whose gradient shard was made infinite, None if none was.
     """
 
     rows: tuple[RankRow, ...]
