@@ -13,19 +13,50 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from shardscale.caller import warn_caller
 from shardscale.errors import ConfigError, StateError
 from shardscale.policy import DynamicScale, ScalePolicy
 from shardscale.policy.base import as_float32
 from shardscale.records import ScaleState
+from shardscale.saved_values import (
+    COUNT,
+    CURE,
+    INTEGER,
+    LARGE_COUNT,
+    NAME,
+    NUMBER,
+    PAIRS,
+    SCALE,
+    as_plain,
+    read,
+    shown,
+    whole,
+)
 
 __all__ = ["Loaded", "from_state_dict", "to_state_dict"]
 
 _VERSION = 2  # 1 had dictionaries
-_TORCH_KEYS = ("scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker")
-_MEGATRON_KEYS = ("scale", "growth_tracker", "hysteresis_tracker")
+
+# What a policy's numbers may be in detail, the policy itself knows.
+_TORCHS = {
+    "scale": SCALE,
+    "growth_factor": NUMBER,
+    "backoff_factor": NUMBER,
+    "growth_interval": INTEGER,
+    "_growth_tracker": COUNT,
+}
+_MEGATRONS = {
+    "scale": SCALE,
+    "growth_tracker": COUNT,
+    "hysteresis_tracker": INTEGER,  # counts on below 0
+}
+_OURS = {
+    "policy": NAME,
+    "policy_fields": PAIRS,
+    "num_updates": LARGE_COUNT,
+    "num_skipped": LARGE_COUNT,
+}
 
 
 class Loaded(NamedTuple):
@@ -57,39 +88,48 @@ def to_state_dict(
     )
 
 
-def from_state_dict(saved: Mapping[str, Any], policy: ScalePolicy) -> Loaded:
+def from_state_dict(saved: Mapping[str, Any], policy: ScalePolicy, where: str = "") -> Loaded:
     """Read a state of ours, of torch's or of Megatron-Core's; nothing is changed.
 
     Args:
         saved: What ``state_dict`` of this class, of one of torch's or of Megatron-Core's
-            ``DynamicGradScaler`` gave.
+            ``DynamicGradScaler`` gave. A number may be NumPy's, or a tensor of one element.
         policy: The policy of the scaler that loads; its numbers are replaced by the saved ones.
+        where: Such as ``rank 1 of 4``, for the errors.
 
     Raises:
-        StateError: the state is empty, of an unknown layout, of a newer version, or of another
-            policy.
-        KeyError: one of torch's keys is missing.
-        ConfigError: a saved number is out of range.
+        StateError: the state is no dictionary, empty, of an unknown layout, of a newer version, or
+            of another policy.
+        KeyError: one of torch's keys is missing; a StateError, too.
+        ConfigError: a saved value is not of its kind, or out of range.
+
+    Collective: none.
     """
+    try:
+        return _loaded(saved, policy)
+    except (ConfigError, StateError) as error:
+        if where:  # at the end: where torch has the same mistake, its text comes first
+            error.args = (f"{error} This is {where}.",)
+        raise
+
+
+def _loaded(saved: Mapping[str, Any], policy: ScalePolicy) -> Loaded:
+    if not isinstance(saved, Mapping):
+        raise StateError(f"the state dict is {shown(saved)}, but must be a dictionary. {CURE}")
     if len(saved) == 0:
         raise StateError(
             "The source state dict is empty, possibly because it was saved "
             "from a disabled instance of GradScaler."
         )
     saved = _as_torchs(saved, policy)
-    ours = dict(saved.get("shardscale", ()))
-    if ours.get("version", _VERSION) > _VERSION:
-        raise StateError(
-            f"the state dict has layout version {ours['version']}, but this shardscale reads up to "
-            f"{_VERSION}. Install the version that saved it, or a newer one."
-        )
-    _require_same_kind(ours, policy)
+    ours = _ours_of(saved, type(policy).__name__)
     policy = _with_saved_numbers(policy, saved, dict(ours.get("policy_fields", ())))
     state = policy.init(_clamped(saved["scale"], policy), "cpu")
-    tracker = torch.tensor(_as_count(saved["_growth_tracker"]), dtype=torch.int32)
-    hysteresis = ours.get("hysteresis_tracker")
-    if hysteresis is not None:
-        state = state._replace(hysteresis_tracker=torch.tensor(hysteresis, dtype=torch.int32))
+    tracker = torch.tensor(saved["_growth_tracker"], dtype=torch.int32)
+    if "hysteresis_tracker" in ours:
+        most = getattr(policy, "hysteresis", 2**31 - 1)
+        tolerated = read(ours, {"hysteresis_tracker": whole(0, most)})["hysteresis_tracker"]
+        state = state._replace(hysteresis_tracker=torch.tensor(tolerated, dtype=torch.int32))
     return Loaded(
         policy,
         state._replace(growth_tracker=tracker),
@@ -112,33 +152,40 @@ def _in_torchs_keys(
     }
 
 
-def _as_torchs(saved: Mapping[str, Any], policy: ScalePolicy) -> Mapping[str, Any]:
-    if any(key in saved for key in _TORCH_KEYS[1:]):
-        missing = [key for key in _TORCH_KEYS if key not in saved]
+def _as_torchs(saved: Mapping[str, Any], policy: ScalePolicy) -> dict[str, Any]:
+    """A state of any known layout in torch's keys, and ours as it was saved."""
+    if any(key in saved for key in _TORCHS if key != "scale"):
+        missing = [key for key in _TORCHS if key not in saved]
         if missing:
-            raise KeyError(f"the state dict lacks {missing}; it has {sorted(saved)}")
-        return saved
-    if all(key in saved for key in _MEGATRON_KEYS):
-        return _from_megatron(policy, *(saved[key] for key in _MEGATRON_KEYS))
+            raise _MissingKeyError(
+                f"the state dict lacks {missing}; it has {_keys_of(saved)}. {CURE}"
+            )
+        return {**read(saved, _TORCHS), "shardscale": saved.get("shardscale", ())}
+    if all(key in saved for key in _MEGATRONS):
+        return _from_megatron(policy, **read(saved, _MEGATRONS))
     raise StateError(
-        f"the state dict has the keys {sorted(map(str, saved))}, but a scaler's has torch's, "
-        f"{[*_TORCH_KEYS]}, or Megatron-Core's, {[*_MEGATRON_KEYS]}. Pass what the scaler's own "
+        f"the state dict has the keys {_keys_of(saved)}, but a scaler's has torch's, "
+        f"{[*_TORCHS]}, or Megatron-Core's, {[*_MEGATRONS]}. Pass what the scaler's own "
         "state_dict() gave; in a checkpoint of a whole job it lies below a key of its own."
     )
 
 
+class _MissingKeyError(StateError, KeyError):
+    """What torch raises for the same mistake, with a message that is no repr."""
+
+    __str__ = Exception.__str__
+
+
 def _from_megatron(
-    policy: ScalePolicy, scale: Any, growth_tracker: object, hysteresis_tracker: Any
+    policy: ScalePolicy, *, scale: float, growth_tracker: int, hysteresis_tracker: int
 ) -> dict[str, Any]:
-    """Megatron-Core's state, () or (1,) float32 and two ints, in our layout.
+    """Megatron-Core's state, a scale and two counts, in our layout.
 
     Factors, interval, hysteresis and smallest scale are no part of it; they stay the policy's.
 
     Source: ``DynamicGradScaler`` in megatron/core/optimizer/grad_scaler.py of Megatron-LM, read in
         November 2026. Its hysteresis tracker counts as ours, but on below 0.
     """
-    if isinstance(scale, Tensor) and scale.numel() == 1:
-        scale = scale.item()
     most = getattr(policy, "hysteresis", None)
     if most is None:  # a policy that tolerates nothing has nothing to count
         return _in_torchs_keys(policy, scale, growth_tracker, ())
@@ -152,39 +199,56 @@ def _from_megatron(
     return _in_torchs_keys(policy, scale, growth_tracker, (("hysteresis_tracker", tolerated),))
 
 
-def _require_same_kind(ours: Mapping[str, Any], policy: ScalePolicy) -> None:
-    kind = type(policy).__name__
+def _ours_of(saved: Mapping[str, Any], kind: str) -> dict[str, Any]:
+    """What is ours in a state in torch's keys, for a policy of that class.
+
+    The hysteresis tracker is left as it was saved: its range is the policy's to say.
+    """
+    ours = dict(read(saved, {"shardscale": PAIRS})["shardscale"])
+    # Before all else: another version's values may be of other kinds.
+    version = read(ours, {"version": whole(1, 2**31 - 1)}).get("version", _VERSION)
+    if version > _VERSION:
+        raise StateError(
+            f"the state dict has layout version {version}, but this shardscale reads up to "
+            f"{_VERSION}. Install the version that saved it, or a newer one."
+        )
+    ours |= read(ours, _OURS)
     if ours.get("policy", kind) != kind:
         raise StateError(
             f"the state dict was saved with policy {ours['policy']}, but this scaler has {kind}. "
             f"Make the scaler with policy={ours['policy']}(...), or drop the key 'shardscale' to "
             "load it as one of torch's states."
         )
+    return ours
 
 
 def _with_saved_numbers(
     policy: ScalePolicy, saved: Mapping[str, Any], fields: Mapping[str, Any]
 ) -> ScalePolicy:
+    if not _is_dataclass(policy):
+        return policy
+    numbers = {
+        name: as_plain(value) if isinstance(getattr(policy, name, None), int | float) else value
+        for name, value in fields.items()
+    }
     if isinstance(policy, DynamicScale) and saved["growth_factor"] != 1.0:
-        numbers = {
-            "growth_factor": saved["growth_factor"],
-            "backoff_factor": saved["backoff_factor"],
-            "growth_interval": saved["growth_interval"],
-        }
-        return dataclasses.replace(policy, **{**fields, **numbers})
-    if _is_dataclass(policy) and fields:
-        changed: ScalePolicy = dataclasses.replace(policy, **fields)  # type: ignore[type-var]
-        return changed
-    return policy
+        for name in ("growth_factor", "backoff_factor", "growth_interval"):
+            numbers[name] = saved[name]
+    if not numbers:
+        return policy
+    try:
+        changed: ScalePolicy = dataclasses.replace(policy, **numbers)  # type: ignore[type-var]
+    except Exception as error:  # whatever a policy, also one of the caller's own, says to them
+        raise ConfigError(
+            f"the state dict holds {shown(numbers)}, of which no {type(policy).__name__} can be "
+            f"made: {str(error).rstrip('.')}. {CURE}"
+        ) from error
+    return changed
 
 
 def _clamped(scale: float, policy: ScalePolicy) -> float:
     low = getattr(policy, "min_scale", 0.0)
     high = getattr(policy, "max_scale", math.inf)
-    if not (isinstance(scale, int | float) and math.isfinite(scale) and scale > 0):
-        raise ConfigError(
-            f"the state dict holds the scale {scale!r}, but a scale must be finite and positive."
-        )
     scale = as_float32(scale)
     inside = min(max(scale, low), high)
     if inside != scale:
@@ -195,13 +259,8 @@ def _clamped(scale: float, policy: ScalePolicy) -> float:
     return float(inside)
 
 
-def _as_count(tracker: object) -> int:
-    if not (isinstance(tracker, int) and 0 <= tracker < 2**31):
-        raise ConfigError(
-            f"the state dict holds the growth tracker {tracker!r}, but it must be an integer "
-            "from 0 to 2147483647."
-        )
-    return tracker
+def _keys_of(saved: Mapping[Any, Any]) -> str:
+    return shown(sorted(key if isinstance(key, str) else shown(key) for key in saved))
 
 
 def _fields_of(policy: Any) -> dict[str, Any]:

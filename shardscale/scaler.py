@@ -409,16 +409,17 @@ class ShardedGradScaler(  # type: ignore[override,misc]
         different states, :func:`shardscale.checkpoint.reconcile` brings them together.
 
         Raises:
-            StateError: the state is empty, of an unknown layout, of another policy or of a newer
-                version.
-            KeyError: one of torch's keys is missing.
-            ConfigError: a number is out of range; nothing was changed.
+            StateError: the state is no dictionary, empty, of an unknown layout, of another policy
+                or of a newer version.
+            KeyError: one of torch's keys is missing; a StateError, too.
+            ConfigError: a saved value is not of its kind, or out of range. Whatever is raised,
+                nothing was changed; a rank that raises does so alone.
 
         Collective: none.
         """
         if not self._enabled:
             return
-        loaded = from_state_dict(state_dict, self._policy)
+        loaded = from_state_dict(state_dict, self._policy, self._judge.bond.whereabouts())
         self._policy = loaded.policy
         for mine, saved in zip(self._state, loaded.state, strict=True):
             mine.copy_(saved)

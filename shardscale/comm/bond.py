@@ -158,6 +158,20 @@ class Bond:
             return comm.within(FIRST_TIMEOUT_S)
         return comm
 
+    def whereabouts(self) -> str:
+        """``rank 1 of 4`` for an error of this rank's own, empty where it is alone; binds nothing.
+
+        Collective: none.
+        """
+        comm = self._timed or self._joined
+        if comm is not None:
+            return f"rank {comm.rank} of {comm.size}"
+        is_up = dist.is_available() and dist.is_initialized()
+        group = self._process_group or (dist.group.WORLD if is_up else None)
+        if group is None or group.size() == 1:
+            return ""
+        return f"rank {group.rank()} of {group.size()}"
+
     def members(self) -> Members:
         """The ranks that agree, this one alone where it decides alone."""
         here = dist.get_rank() if dist.is_available() and dist.is_initialized() else None

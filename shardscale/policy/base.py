@@ -52,7 +52,7 @@ class ScalePolicy(Protocol):
 
 def as_float32(number: float) -> float:
     """The float32 nearest to it, which is what a scale can be; Inf beyond the largest."""
-    if not isinstance(number, int | float):
+    if isinstance(number, bool) or not isinstance(number, int | float):
         raise ConfigError(f"{number!r} is a {type(number).__name__}, but a scale is a number.")
     try:
         rounded: float = struct.unpack("f", struct.pack("f", number))[0]

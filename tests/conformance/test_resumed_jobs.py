@@ -216,7 +216,7 @@ def test_a_state_that_does_not_fit_is_refused_on_every_rank_in_our_words(ranks, 
     """Contract 39: a template of other fields does not stop torch before we can say why."""
     ranks.run(save_scalers, 2, folder=str(tmp_path))
     fresh = ShardedGradScaler("cpu").state_dict()
-    for found in ranks.run(load_each, 2, folder=str(tmp_path)):
+    for rank, found in enumerate(ranks.run(load_each, 2, folder=str(tmp_path))):
         (error, _, _), state = found["other numbers"]
         assert error is None and (state["scale"], state["growth_factor"]) == (96.0, 3.0)
         assert dict(dict(state["shardscale"])["policy_fields"])["hysteresis"] == 4
@@ -227,6 +227,7 @@ def test_a_state_that_does_not_fit_is_refused_on_every_rank_in_our_words(ranks, 
         }.items():
             (error, _, message), state = found[name]
             assert (error, text in message) == ("StateError", True), message
+            assert f" This is rank {rank} of 2." in message
             assert state["scale"] == fresh["scale"]
         # torch's has nothing of ours, which only torch can say; two ways lead on.
         (error, _, message), _ = found["torch's"]

@@ -22,6 +22,8 @@ _DISAGREE = "tests/ranks/test_disagreement.py"
 _SKIP = "tests/ranks/test_skip_together.py"
 _TORCH = "tests/ranks/test_torch_defects.py"
 _STATE = "tests/unit/test_round_trip.py"
+_VALUES = "tests/unit/test_saved_values.py"
+_NO_VALUE = f"{_VALUES}::test_a_value_that_cannot_be_meant_is_refused_by_name_and_changes_nothing"
 _RESUME = "tests/conformance/test_resumed_jobs.py"
 _RESUMED = f"{_RESUME}::test_a_job_saved_with_dcp_goes_on_bit_for_bit"
 _RECONCILE = (
@@ -259,8 +261,8 @@ MUTANTS = [
     Mutant(
         "loading a state forgets the bad steps still tolerated",
         "shardscale/saved_state.py",
-        "    if hysteresis is not None:\n",
-        "    if hysteresis is None:\n",
+        '    if "hysteresis_tracker" in ours:\n',
+        '    if "hysteresis_tracker" not in ours:\n',
         (f"{_STATE}::test_the_bad_steps_still_tolerated_come_back", f"{_RESUMED}[True]"),
     ),
     Mutant(
@@ -283,6 +285,58 @@ MUTANTS = [
         '(("hysteresis_tracker", tolerated),)',
         "()",
         ("tests/unit/test_saved_state.py::test_megatrons_state_goes_on_as_megatron_would[0-1]",),
+    ),
+    Mutant(
+        "a saved count may be negative",
+        "shardscale/saved_values.py",
+        "LARGE_COUNT = whole(0, 2**53)",
+        "LARGE_COUNT = whole(-9, 2**53)",
+        (f"{_NO_VALUE}[num_updates-0]", f"{_NO_VALUE}[num_skipped-0]"),
+    ),
+    Mutant(
+        "a saved scale may be a truth value",
+        "shardscale/saved_values.py",
+        "return isinstance(value, int) and not isinstance(value, bool)",
+        "return isinstance(value, int)",
+        (f"{_NO_VALUE}[scale-6]", f"{_NO_VALUE}[_growth_tracker-3]"),
+    ),
+    Mutant(
+        "NumPy's scalars are no numbers in a saved state",
+        "shardscale/saved_values.py",
+        "isinstance(value, np.ndarray | np.generic)",
+        "isinstance(value, np.ndarray)",
+        (f"{_VALUES}::test_numbers_of_numpy_and_of_torch_are_taken_for_plain_ones",),
+    ),
+    Mutant(
+        "a saved state may tolerate more bad steps than its policy",
+        "shardscale/saved_state.py",
+        'most = getattr(policy, "hysteresis", 2**31 - 1)',
+        "most = 2**31 - 1",
+        (f"{_NO_VALUE}[hysteresis_tracker-4]",),
+    ),
+    Mutant(
+        "a refused state ends what the scaler remembers",
+        "shardscale/scaler.py",
+        "        loaded = from_state_dict(",
+        "        self._judge.forget()\n        loaded = from_state_dict(",
+        (
+            f"{_NO_VALUE}[scale-0]",
+            f"{_VALUES}::test_anything_loads_or_is_refused_with_nothing_moved",
+        ),
+    ),
+    Mutant(
+        "a refused state does not say on which rank",
+        "shardscale/saved_state.py",
+        "        if where:  #",
+        "        if not where:  #",
+        (f"{_VALUES}::test_an_error_says_which_rank_of_a_group_it_is_about",),
+    ),
+    Mutant(
+        "a refused state binds the scaler to a group",
+        "shardscale/comm/bond.py",
+        "        comm = self._timed or self._joined\n        if comm is not None:\n",
+        "        comm = self.communicator()\n        if comm is not None:\n",
+        (f"{_VALUES}::test_an_error_binds_the_scaler_to_no_group",),
     ),
     Mutant(
         "ranks that tolerate different numbers of bad steps are taken for alike",

@@ -27,6 +27,7 @@ FLOORS = {
     "holders": 1,
     "owners": 1,
     "preemption": 1,
+    "saved_values": 1,
     "withheld": 1,
     "untraced": 1,
     "metrics": 1,

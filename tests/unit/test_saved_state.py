@@ -98,7 +98,7 @@ def test_a_scale_out_of_range_is_clamped_with_a_warning(saved, taken):
 
 @pytest.mark.parametrize("scale", [0.0, -1.0, float("inf"), float("nan")])
 def test_a_scale_that_is_none_is_refused(scale):
-    with pytest.raises(ConfigError, match="must be finite and positive"):
+    with pytest.raises(ConfigError, match="must be a finite and positive number"):
         from_state_dict(torchs(scale=scale), POLICY)
 
 
