@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from shardscale.comm import slurm
-from shardscale.comm.variables import index, is_loopback, number, port
+from shardscale.comm.variables import hostname, index, is_loopback, number, port
 from shardscale.errors import ConfigError
 
 __all__ = ["RankEnv", "check_mpi_size", "resolve"]
@@ -144,8 +144,9 @@ def _launched(environ: Mapping[str, str]) -> Iterator[RankEnv]:
         if _is_complete(environ, names):
             yield _by_names(environ, source, names)
     if slurm.in_step(environ):
+        place = slurm.task(environ)
         why = f"SLURM_PROCID and SLURM_NTASKS are set, in step {slurm.step(environ)}"
-        yield RankEnv(*slurm.task(environ), "slurm", why)
+        yield RankEnv(*place, "slurm", why)
     if _is_complete(environ, _PMIX):
         yield _by_names(environ, "pmix", _PMIX)
 
@@ -158,7 +159,7 @@ def _by_torch(environ: Mapping[str, str]) -> RankEnv:
     env = _by_names(environ, "torchrun", _TORCH)
     if "GROUP_RANK" not in environ or "GROUP_WORLD_SIZE" not in environ:
         return env
-    num_nodes = number(environ, "GROUP_WORLD_SIZE", 1)
+    num_nodes = number(environ, "GROUP_WORLD_SIZE", 1, env.world_size)
     node = index(environ, "GROUP_RANK", "GROUP_WORLD_SIZE", num_nodes)
     return env._replace(node=node, num_nodes=num_nodes)
 
@@ -247,7 +248,7 @@ def _address(env: RankEnv, environ: Mapping[str, str]) -> str | None:
     """Where the ranks meet, as far as variables tell."""
     if env.source == "alone":
         return None
-    host = environ.get("MASTER_ADDR", "")
+    host = hostname(environ, "MASTER_ADDR") if "MASTER_ADDR" in environ else ""
     # Agents of torchrun have met already, so that address has worked: they share a machine.
     if env.num_nodes > 1 and is_loopback(host) and _BY_TORCHRUN not in environ:
         raise ConfigError(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_right
 from collections.abc import Mapping
+from itertools import accumulate
 from typing import NamedTuple
 
 from shardscale.comm.nodelist import expand
@@ -80,7 +82,7 @@ def task(environ: Mapping[str, str]) -> SlurmTask:
             )
     num_nodes = number(environ, _either(environ, "SLURM_STEP_NUM_NODES", "SLURM_NNODES"), 1)
     node = index(environ, "SLURM_NODEID", "the number of nodes", num_nodes)
-    num_here = _spread(environ, world_size, num_nodes)[node]
+    num_here = _tasks_on(environ, node, world_size, num_nodes)
     return SlurmTask(
         rank=index(environ, "SLURM_PROCID", "SLURM_NTASKS", world_size),
         world_size=world_size,
@@ -118,27 +120,31 @@ def _missing(name: str) -> ConfigError:
     )
 
 
-def _spread(environ: Mapping[str, str], world_size: int, num_nodes: int) -> list[int]:
-    """How many tasks each node has, from a list such as ``2(x3),1``."""
+def _tasks_on(environ: Mapping[str, str], node: int, world_size: int, num_nodes: int) -> int:
+    """How many tasks a node has, by a list such as ``2(x3),1``.
+
+    The list is not written out: what it counts may be more than fits a memory.
+    """
     name = _either(environ, "SLURM_STEP_TASKS_PER_NODE", "SLURM_TASKS_PER_NODE")
     text = environ[name]
-    spread: list[int] = []
+    runs: list[tuple[int, int]] = []  # tasks on each, number of nodes
     for item in text.split(","):
-        found = re.fullmatch(r"([0-9]{1,6})(?:\(x([0-9]{1,6})\))?", item)
+        found = re.fullmatch(r"([0-9]{1,6})(?:\(x([1-9][0-9]{0,5})\))?", item)
         if not found:
             raise ConfigError(
                 f"{name} is {text!r}, but must be a list such as '2(x3),1': start the program with "
                 "srun, which sets it."
             )
-        spread += [int(found[1])] * int(found[2] or 1)
-    if len(spread) != num_nodes or sum(spread) != world_size:
+        runs.append((int(found[1]), int(found[2] or 1)))
+    ends = list(accumulate(length for _, length in runs))
+    if ends[-1] != num_nodes or sum(tasks * length for tasks, length in runs) != world_size:
         raise ConfigError(
             f"{name} is {text!r}, but there are {world_size} tasks on {num_nodes} nodes: the "
             "variables are those of different steps; start the program with srun."
         )
-    if len(set(spread)) > 1 and "SLURM_NTASKS_PER_NODE" not in environ:
+    if len({tasks for tasks, _ in runs}) > 1 and "SLURM_NTASKS_PER_NODE" not in environ:
         raise ConfigError(
             f"{name} is {text!r}, so the nodes have different numbers of tasks: pass "
             "--ntasks-per-node to sbatch or srun, the same number for all or the largest one."
         )
-    return spread
+    return runs[bisect_right(ends, node)][0]

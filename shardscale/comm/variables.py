@@ -8,9 +8,12 @@ from collections.abc import Mapping
 
 from shardscale.errors import ConfigError
 
-__all__ = ["index", "is_loopback", "number", "port"]
+__all__ = ["hostname", "index", "is_loopback", "number", "port"]
 
 _CURE = "let the launcher set it, or unset it"
+_LABEL = "[A-Za-z0-9_-]{1,63}"  # longer ones cannot be looked up
+_ADDRESS = re.compile("[A-Za-z0-9.:%_-]+")  # IPv6 with a zone, which may be any text otherwise
+_NAME = re.compile(rf"(?=.{{1,254}}\Z){_LABEL}(\.{_LABEL})*\.?")
 
 
 def number(environ: Mapping[str, str], name: str, low: int, high: int | None = None) -> int:
@@ -59,12 +62,33 @@ def port(environ: Mapping[str, str], name: str) -> int:
     return number(environ, name, 1, 65535)
 
 
+def hostname(environ: Mapping[str, str], name: str) -> str:
+    """The host's name or address in a variable that is set.
+
+    Raises:
+        ConfigError: It is neither, or more than that: a URL, or a port behind it.
+    """
+    text = environ[name]
+    if _NAME.fullmatch(text) or _address(text):
+        return text
+    raise ConfigError(
+        f"{name} is {text!r}, but must be the name or the address of a host and nothing besides: "
+        f"{_CURE}."
+    )
+
+
 def is_loopback(host: str) -> bool:
     """Whether a host given by address or as ``localhost`` is only this machine, whichever it is."""
     if host.lower().rstrip(".") in ("localhost", "localhost.localdomain", "ip6-localhost"):
         return True
-    try:
-        address = ipaddress.ip_address(host)
-    except ValueError:
+    address = _address(host)
+    if address is None:
         return False  # a name; who looks it up will see
     return address.is_loopback or address.is_unspecified
+
+
+def _address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    try:
+        return ipaddress.ip_address(text) if _ADDRESS.fullmatch(text) else None
+    except ValueError:
+        return None

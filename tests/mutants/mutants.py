@@ -1672,8 +1672,29 @@ MUTANTS = [
     Mutant(
         "nodes may have different numbers of tasks",
         "shardscale/comm/slurm.py",
-        "    if len(set(spread)) > 1 and",
-        "    if len(set(spread)) > 2 and",
+        "    if len({tasks for tasks, _ in runs}) > 1 and",
+        "    if len({tasks for tasks, _ in runs}) > 2 and",
+        (_REFUSED,),
+    ),
+    Mutant(
+        "a node has as many tasks as the one before it",
+        "shardscale/comm/slurm.py",
+        "runs[bisect_right(ends, node)][0]",
+        "runs[bisect_right(ends, node - 1)][0]",
+        (f"{_ENV}::test_uneven_steps_that_were_asked_for_are_counted_per_node",),
+    ),
+    Mutant(
+        "a step whose job has no number is a KeyError",
+        "shardscale/comm/env.py",
+        "        place = slurm.task(environ)\n",
+        "        slurm.step(environ)\n        place = slurm.task(environ)\n",
+        (_REFUSED, f"{_ENV}::test_any_environment_is_a_place_or_a_config_error"),
+    ),
+    Mutant(
+        "a master may be a URL",
+        "shardscale/comm/variables.py",
+        "    if _NAME.fullmatch(text) or _address(text):\n",
+        "    if text.strip():\n",
         (_REFUSED,),
     ),
     Mutant(
@@ -1706,6 +1727,13 @@ MUTANTS = [
             f"{_NODES}::test_a_list_is_written_out",
             f"{_NODES}::test_expanding_undoes_compressing",
         ),
+    ),
+    Mutant(
+        "a node list has a limit for each of its ranges alone",
+        "shardscale/comm/nodelist.py",
+        "        if len(numbers) + int(high) - int(low) >= room:\n",
+        "        if int(high) - int(low) >= room:\n",
+        (f"{_NODES}::test_an_error_says_where_it_is",),
     ),
     Mutant(
         "a node list pads by its upper bound",

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from shardscale import ConfigError, RankEnv
 from shardscale.comm import resolve
@@ -157,6 +160,32 @@ def test_uneven_steps_that_were_asked_for_are_counted_per_node():
     assert place(resolve(environ)) == (6, 7, 0, 1, 3, 4)
 
 
+@pytest.mark.parametrize(
+    "host",
+    [
+        *("n1", "n1.example.org", "n1.example.org.", "gpu_1-ib0", "10.0.0.1", "127.0.0.1"),
+        *("fe80::1%eth0", "2001:db8::7", "0", "n" * 63, "n." * 126 + "n"),
+    ],
+)
+def test_a_master_is_any_name_or_address(host: str):
+    one_host = {**SRUN, **TORCHRUN, "MASTER_ADDR": host}
+    assert resolve(one_host).address == f"{host}:39741"
+
+
+def test_a_step_of_very_many_nodes_is_not_written_out():
+    """10^10 of them, of which each is found at once."""
+    many = {
+        **SRUN,
+        "SLURM_NTASKS": "19999990000",
+        "SLURM_STEP_NUM_TASKS": "19999990000",
+        "SLURM_STEP_NUM_NODES": "9999990001",
+        "SLURM_STEP_TASKS_PER_NODE": ",".join(["2(x999999)"] * 10_000 + ["10000"]),
+        "SLURM_NODEID": "9999990000",
+        "SLURM_LOCALID": "9999",
+    }
+    assert place(resolve(many))[2:5] == (9999, 10_000, 9_999_990_000)
+
+
 def test_the_line_to_print_says_who_why_and_where():
     assert str(resolve(SRUN)) == (
         "rank 2 of 4 (local 0 of 2, node 1 of 2) by slurm: SLURM_PROCID and SLURM_NTASKS are set, "
@@ -189,6 +218,27 @@ ONE_WORLD_EACH = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORL
         ({**SRUN, "SLURM_NODEID": "2"}, ["SLURM_NODEID is 2", "number of nodes is 2"]),
         ({**SRUN, "SLURM_STEP_ID": "batch"}, ["SLURM_STEP_ID is 'batch'", "integer"]),
         ({**SRUN, "SLURM_JOB_ID": "j"}, ["SLURM_JOB_ID is 'j'", "integer"]),
+        ({**TORCHRUN, "GROUP_WORLD_SIZE": "5"}, ["GROUP_WORLD_SIZE is '5'", "from 1 to 4"]),
+        # No host.
+        *(
+            ({**launcher, "MASTER_ADDR": text}, [f"MASTER_ADDR is {text!r}", "unset it"])
+            for launcher, text in itertools.product(
+                (TORCHRUN, SRUN, OPENMPI),
+                (
+                    *("http://n1", "n1:29500", "n1/", "n1 ", "n 1", "n1\n", "n1\0", "n\x01", " "),
+                    *(
+                        "[fe80::1]",
+                        "fe80::1%a b",
+                        "..",
+                        ".n1",
+                        "n1..org",
+                        "ñ1",
+                        "n" * 64,
+                        "n." * 128,
+                    ),
+                ),
+            )
+        ),
         # Ports.
         ({**TORCHRUN, "MASTER_PORT": "65536"}, ["MASTER_PORT is '65536'", "from 1 to 65535"]),
         ({**SRUN, "MASTER_PORT": "0"}, ["MASTER_PORT is '0'", "from 1 to 65535"]),
@@ -202,6 +252,7 @@ ONE_WORLD_EACH = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORL
         (PMI2, ["PMI_RANK is '2'", "MPI_LOCALRANKID is not set", "RANK, WORLD_SIZE"]),
         (PMIX, ["PMIX_RANK is '2'", "WORLD_SIZE is not set"]),
         ({**SRUN, "SLURM_PROCID": ""}, ["SLURM_PROCID is not", "srun"]),
+        ({**SRUN, "SLURM_JOB_ID": ""}, ["SLURM_JOB_ID is not", "srun"]),
         (
             {**SRUN, "SLURM_STEP_NODELIST": "", "SLURM_JOB_NODELIST": ""},
             ["SLURM_STEP_NODELIST is not", "srun"],
@@ -225,6 +276,14 @@ ONE_WORLD_EACH = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORL
         (
             {**SRUN, "SLURM_STEP_TASKS_PER_NODE": "2(x2"},
             ["SLURM_STEP_TASKS_PER_NODE is '2(x2'", "'2(x3),1'"],
+        ),
+        (
+            {**SRUN, "SLURM_STEP_TASKS_PER_NODE": "2(x1000000000)"},
+            ["SLURM_STEP_TASKS_PER_NODE is '2(x1000000000)'", "'2(x3),1'"],
+        ),
+        (
+            {**SRUN, "SLURM_STEP_TASKS_PER_NODE": "2(x999999),2"},
+            ["SLURM_STEP_TASKS_PER_NODE is '2(x999999),2'", "4 tasks on 2 nodes"],
         ),
         (
             {**SRUN, "SLURM_STEP_TASKS_PER_NODE": "2"},
@@ -311,3 +370,44 @@ def test_another_size_is_refused_without_talk_of_worlds_of_one():
 )
 def test_an_mpi_that_agrees_or_has_nobody_to_disagree_with_is_fine(environ, size):
     check_mpi_size(environ, size, "MPICH")
+
+
+# What stands in variables by mistake, and what is meant.
+ODD = st.one_of(
+    st.sampled_from(
+        [
+            *("", "0", "1", "2", "3", "4", "-1", " 1", "1 ", "+1", "1e3", "0x1", "1_0", "\u0661"),
+            *("None", "none", "n[1-2]", "n1", "n[1-999999]", "n[1-999999,1-999999]", "n[", "2(x2)"),
+            *("2(x2),", "(x2)", "2(x999999)", "2(x0)", "1(x2)", "4294967291", "9" * 18, "9" * 5000),
+            *("localhost", "::1", "0.0.0.0", "http://n1", "n1:80", "n1\0", "65536", "True"),
+            ",".join(["n[1-65536]"] * 100),
+            ",".join(["2(x999999)"] * 100),
+        ]
+    ),
+    st.text(max_size=8),
+    st.integers(-2, 9).map(str),
+)
+READ = sorted(
+    {*TORCHRUN, *OPENMPI, *MPICH, *SRUN, *PMI2, *PMIX, "SLURM_NTASKS_PER_NODE", "SLURM_NNODES"}
+)
+LAUNCHERS = (TORCHRUN, BY_HAND, OPENMPI, MPICH, BATCH, SRUN, AGENTS, PMI2, PMIX)
+
+
+@settings(max_examples=500, deadline=None)
+@given(
+    st.lists(st.sampled_from(LAUNCHERS), max_size=2),
+    st.dictionaries(st.sampled_from(READ), ODD, max_size=4),
+    st.sets(st.sampled_from(READ), max_size=2),
+)
+def test_any_environment_is_a_place_or_a_config_error(launchers, odd, gone):
+    environ = {name: value for launcher in launchers for name, value in launcher.items()}
+    environ = {name: value for name, value in (environ | odd).items() if name not in gone}
+    for size in (1, 4):
+        with contextlib.suppress(ConfigError):
+            check_mpi_size(environ, size, "MPICH")
+    with contextlib.suppress(ConfigError):
+        env = resolve(environ)
+        assert 0 <= env.rank < env.world_size
+        assert 0 <= env.local_rank < env.local_world_size <= env.world_size
+        assert 0 <= env.node < env.num_nodes
+        assert str(env).startswith(f"rank {env.rank} of {env.world_size} ")

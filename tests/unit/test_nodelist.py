@@ -45,8 +45,14 @@ def test_a_list_is_written_out(nodelist: str, hosts: str):
         ("a[1,]", 5, "a number"),
         ("a[x]", 3, "a number"),
         ("a[3-1]", 5, "a number from 3 on"),
-        ("a[0-999999999]", 5, "no more than 1000000 hosts"),
-        ("a[1-2000]b[1-2000]", 19, "no more than 1000000 hosts"),
+        ("a[0-999999999]", 3, "no more than 1000000 hosts"),
+        # Where the sum passes the limit, and before the numbers that do it are written out.
+        ("a[1-2000]b[1-2000]", 12, "no more than 1000000 hosts"),
+        ("a[1-600000,1-600000]", 12, "no more than 1000000 hosts"),
+        ("a[1-600000],b[1-600000]", 15, "no more than 1000000 hosts"),
+        ("a[0-999],b[1-999001]", 12, "no more than 1000000 hosts"),
+        ("a[1-1000000],b", 14, "no more than 1000000 hosts"),
+        (f"{'a' * 250}[1-9]b[1-99999]", 257, "the end of a name of at most 255 characters"),
     ],
 )
 def test_an_error_says_where_it_is(nodelist: str, at: int, expected: str):
