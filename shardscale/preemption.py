@@ -75,13 +75,17 @@ class StopSignal:
             self._before(number, frame)
 
 
-def _number_of(name: str | int) -> int:
+def _number_of(name: object) -> int:
     usable = {n for n in signal.valid_signals() if getattr(n, "name", "") not in _UNUSABLE}
     named = {n.name.removeprefix("SIG"): n for n in usable if isinstance(n, signal.Signals)}
-    number = named.get(name.upper().removeprefix("SIG")) if isinstance(name, str) else name
-    if number not in usable:
+    number = name
+    if isinstance(name, str):
+        # Some letters become ASCII's when they are made capitals.
+        number = named.get(name.upper().removeprefix("SIG")) if name.isascii() else None
+    # Python takes True for 1, and 10.0 for equal to 10.
+    if isinstance(number, bool) or not isinstance(number, int) or number not in usable:
         raise ConfigError(
             f"the signal to stop is {name!r}, but must be one of {', '.join(sorted(named))}, or a "
-            "number. Others cannot be caught, or would come again at once."
+            "signal's number as an int. Others cannot be caught, or would come again at once."
         )
     return number

@@ -1397,6 +1397,13 @@ MUTANTS = [
         (f"{_STOP}::test_a_wish_that_raises_is_a_fault_of_its_rank",),
     ),
     Mutant(
+        "a signal may be whatever is equal to its number",
+        "shardscale/preemption.py",
+        "    if isinstance(number, bool) or not isinstance(number, int) or number not in usable:\n",
+        "    if number not in usable:\n",
+        (f"{_SIGNAL}::test_a_signal_that_cannot_be_used_is_refused_with_a_list_of_those_that_can",),
+    ),
+    Mutant(
         "the handler of the signal to stop is the default one",
         "shardscale/preemption.py",
         "signal.signal(number, self._note)",

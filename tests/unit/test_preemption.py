@@ -63,6 +63,15 @@ def test_a_signal_is_noted_when_it_comes_and_not_before(name, number):
         0,
         -1,
         1000,
+        10**400,
+        10.0,
+        True,
+        None,
+        b"USR2",
+        "10",
+        "u\u017fr2",  # whose capitals are USR2
+        ["USR2"],
+        {"USR2": 10},
     ],
 )
 def test_a_signal_that_cannot_be_used_is_refused_with_a_list_of_those_that_can(name):
