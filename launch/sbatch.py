@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import re
-import signal
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 __all__ = ["Job", "render"]
 
 
-def _asked(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
+# Those that Slurm knows by name, bash and Python can catch, and the file has no other use for: TERM
+# is what scancel sends.
+_SIGNALS = ("USR1", "USR2", "HUP", "INT", "QUIT", "ALRM")
+_FROM_0, _FROM_1 = range(2**31), range(1, 2**31)
+
+
+def _asked(default: Any, text: str, numbers: range | None = None) -> Any:
+    """An option, its help, and which integers it may be if it is no text."""
+    return field(default=default, metadata={"help": text, "numbers": numbers})
 
 
 @dataclass(frozen=True)
@@ -19,10 +25,10 @@ class Job:
     """One job; the options of launch/slurm.py are these fields."""
 
     launcher: str
-    nodes: int = _asked(2, "machines")
-    ranks_per_node: int = _asked(2, "ranks on each of them, one for each of its GPUs")
-    cpus_per_rank: int = _asked(2, "cores for each rank")
-    gpus_per_node: int = _asked(0, "GPUs of each machine; 0 asks for none")
+    nodes: int = _asked(2, "machines", _FROM_1)
+    ranks_per_node: int = _asked(2, "ranks on each of them, one for each of its GPUs", _FROM_1)
+    cpus_per_rank: int = _asked(2, "cores for each rank", _FROM_1)
+    gpus_per_node: int = _asked(0, "GPUs of each machine; 0 asks for none", _FROM_0)
     time: str = _asked("30:00", "limit, as Slurm writes it")
     name: str = _asked("shardscale", "name of the job")
     partition: str = _asked("", "partition, if not the default one")
@@ -31,28 +37,32 @@ class Job:
     program: str = _asked(
         "launch/train.py", "what each rank runs, seen from where sbatch is called"
     )
-    max_restarts: int = _asked(0, "torchrun: how often all ranks start anew after one has failed")
-    max_requeues: int | None = _asked(None, "stop at the signal, save, requeue; this often at most")
+    max_restarts: int = _asked(
+        0, "torchrun: how often all ranks start anew after one has failed", _FROM_0
+    )
+    max_requeues: int | None = _asked(
+        None, "stop at the signal, save, requeue; this often at most", _FROM_0
+    )
     stop_signal: str = _asked("USR2", "the signal to stop at")
-    stop_ahead_s: int = _asked(120, "how many seconds before the time limit Slurm sends it")
+    stop_ahead_s: int = _asked(
+        120,
+        "how many seconds before the time limit Slurm sends it",
+        range(1, 2**16),  # more does not fit its message
+    )
 
     def __post_init__(self) -> None:
-        if self.launcher not in _RANKS:
+        if self.launcher not in tuple(_RANKS):
             raise ValueError(
-                f"the launcher is '{self.launcher}', but must be one of {', '.join(_RANKS)}."
+                f"the launcher is {self.launcher!r}, but must be one of {', '.join(_RANKS)}."
             )
-        for name in ("nodes", "ranks_per_node", "cpus_per_rank"):
-            value = getattr(self, name)
-            if value < 1:
-                raise ValueError(f"{option(name)} is {value}, but must be at least 1.")
-        for name in ("time", "name", "partition", "account", "array", "program"):
-            value = getattr(self, name)
-            if not re.fullmatch(r"[\w.:,%/-]*", value, re.ASCII):
-                raise ValueError(f"{option(name)} is '{value}', which a shell could misread.")
-        if not hasattr(signal, f"SIG{self.stop_signal}"):
+        for each in fields(self):
+            if each.name != "launcher":
+                _check(each.name, getattr(self, each.name), each.metadata["numbers"], each.default)
+        if not self.program:
+            raise ValueError("--program is '', but must be the file that each rank runs.")
+        if self.stop_signal not in _SIGNALS:
             raise ValueError(
-                f"--stop-signal is '{self.stop_signal}', but must be a signal's name as kill -l "
-                "prints it, without SIG: USR1, USR2, HUP, ..."
+                f"--stop-signal is {self.stop_signal!r}, but must be one of {', '.join(_SIGNALS)}."
             )
         if self.max_restarts and self.launcher != "torchrun":
             raise ValueError("--max-restarts is given, but only torchrun starts ranks anew.")
@@ -61,6 +71,22 @@ class Job:
                 "--max-restarts and --max-requeues are both given, but torchrun would start the "
                 "ranks anew that have left to be requeued. Use one of them."
             )
+
+
+def _check(name: str, value: object, numbers: range | None, default: object) -> None:
+    """Refuse a field that is not of its kind."""
+    if numbers is None:
+        if not (isinstance(value, str) and re.fullmatch(r"[\w.:,%/-]*", value, re.ASCII)):
+            raise ValueError(
+                f"{option(name)} is {value!r}, but must be text that no shell misreads: letters, "
+                "digits and _.:,%/- alone."
+            )
+    # The default may be None. A bool and a float can be equal to one of the numbers.
+    elif value is not default and (type(value) is not int or value not in numbers):
+        raise ValueError(
+            f"{option(name)} is {value!r}, but must be an integer from {numbers.start} to "
+            f"{numbers.stop - 1}."
+        )
 
 
 def option(name: str) -> str:

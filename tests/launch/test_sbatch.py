@@ -114,12 +114,34 @@ def test_what_is_not_asked_for_is_not_there():
     ("fields", "sentence"),
     [
         ({"launcher": "ssh"}, "the launcher is 'ssh', but must be one of srun, torchrun, mpi."),
-        ({"nodes": 0}, "--nodes is 0, but must be at least 1."),
-        ({"ranks_per_node": -1}, "--ranks-per-node is -1, but must be at least 1."),
-        ({"time": "1:00; rm"}, "--time is '1:00; rm', which a shell could misread."),
-        ({"program": "$HOME/x.py"}, "--program is '$HOME/x.py', which a shell could misread."),
-        ({"name": "a\nb"}, "--name is 'a\nb', which a shell could misread."),
-        ({"stop_signal": "FOO"}, "--stop-signal is 'FOO', but must be a signal's name"),
+        ({"launcher": ["srun"]}, "the launcher is ['srun'], but must be one of srun,"),
+        ({"nodes": 0}, "--nodes is 0, but must be an integer from 1 to 2147483647."),
+        ({"nodes": -4}, "--nodes is -4, but must be an integer from 1"),
+        ({"nodes": "4"}, "--nodes is '4', but must be an integer from 1"),
+        ({"nodes": True}, "--nodes is True, but must be an integer from 1"),
+        ({"nodes": 4.0}, "--nodes is 4.0, but must be an integer from 1"),
+        ({"nodes": None}, "--nodes is None, but must be an integer from 1"),
+        ({"nodes": 10**12}, "--nodes is 1000000000000, but must be an integer from 1"),
+        ({"ranks_per_node": -1}, "--ranks-per-node is -1, but must be an integer from 1"),
+        ({"cpus_per_rank": 1.5}, "--cpus-per-rank is 1.5, but must be an integer from 1"),
+        ({"gpus_per_node": -1}, "--gpus-per-node is -1, but must be an integer from 0"),
+        ({"gpus_per_node": False}, "--gpus-per-node is False, but must be an integer from 0"),
+        ({"max_restarts": -1}, "--max-restarts is -1, but must be an integer from 0"),
+        ({"max_requeues": -1}, "--max-requeues is -1, but must be an integer from 0"),
+        ({"max_requeues": True}, "--max-requeues is True, but must be an integer from 0"),
+        ({"stop_ahead_s": 0}, "--stop-ahead-s is 0, but must be an integer from 1 to 65535."),
+        ({"stop_ahead_s": 65536}, "--stop-ahead-s is 65536, but must be an integer from 1"),
+        ({"time": "1:00; rm"}, "--time is '1:00; rm', but must be text that no shell misreads"),
+        ({"time": 30}, "--time is 30, but must be text that no shell misreads"),
+        ({"program": "$HOME/x.py"}, "--program is '$HOME/x.py', but must be text that no shell"),
+        ({"program": ""}, "--program is '', but must be the file that each rank runs."),
+        ({"program": Path("x.py")}, f"--program is {Path('x.py')!r}, but must be text that no"),
+        ({"name": "a\nb"}, "--name is 'a\\nb', but must be text that no shell misreads"),
+        *(
+            ({"stop_signal": name}, f"--stop-signal is {name!r}, but must be one of USR1, USR2,")
+            for name in ("FOO", "KILL", "STOP", "TERM", "SEGV", "_DFL", "usr2", "SIGUSR2", "10", "")
+        ),
+        ({"stop_signal": 10}, "--stop-signal is 10, but must be text"),
         ({"max_restarts": 2}, "--max-restarts is given, but only torchrun starts ranks anew."),
         (
             {"launcher": "torchrun", "max_restarts": 2, "max_requeues": 1},
@@ -136,7 +158,7 @@ def test_a_job_that_cannot_be_meant_is_refused(fields: dict, sentence: str):
 def test_the_command_line_says_what_is_wrong():
     done = command_line("srun", "--nodes", "0")
     assert done.returncode == 2
-    assert done.stderr.endswith("error: --nodes is 0, but must be at least 1.\n")
+    assert done.stderr.endswith("--nodes is 0, but must be an integer from 1 to 2147483647.\n")
     done = command_line("srun", "--", "--steps", "3")
     assert done.returncode == 2
     assert done.stderr.endswith("'--steps 3' is for the program, which runs only with --submit.\n")

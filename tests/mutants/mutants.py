@@ -1841,6 +1841,20 @@ MUTANTS = [
         (f"{_BATCH}::test_a_job_is_not_requeued_for_ever",),
     ),
     Mutant(
+        "a job may ask for True nodes",
+        "launch/sbatch.py",
+        "(type(value) is not int or",
+        "(not isinstance(value, int) or",
+        ("tests/launch/test_sbatch.py::test_a_job_that_cannot_be_meant_is_refused",),
+    ),
+    Mutant(
+        "a job may ask for any signal to stop at",
+        "launch/sbatch.py",
+        "if self.stop_signal not in _SIGNALS:",
+        "if not self.stop_signal:",
+        ("tests/launch/test_sbatch.py::test_a_job_that_cannot_be_meant_is_refused",),
+    ),
+    Mutant(
         "the number of nodes is copied into the batch script",
         "launch/sbatch.py",
         '--nnodes "$SLURM_JOB_NUM_NODES"',
