@@ -221,11 +221,16 @@ run=(srun --kill-on-bad-exit=1 --wait=60 --label)
 _CHOOSE_PLUGIN = r"""
 # Tasks learn of each other from a plugin of srun, which must speak as their MPI does.
 library=$(python -c '
-import mpi4py
-mpi4py.rc.initialize = False
-from mpi4py import MPI
+try:
+    import mpi4py
+    mpi4py.rc.initialize = False
+    from mpi4py import MPI
+except Exception as error:  # RuntimeError where there is no MPI
+    print(error)
+    raise SystemExit(1)
 print(MPI.Get_library_version().strip("\0\n "))') ||
-    fail "mpi4py does not load. To install it with an MPI: pip install mpi4py mpich"
+    fail "mpi4py does not load${library:+ (${library%%$'\n'*})}. To install it with an MPI:" \
+        "pip install mpi4py mpich"
 case $library in
     *"Open MPI"*) plugin=pmix package="on Debian slurm-wlm-basic-plugins and libpmix-dev" ;;
     *) plugin=pmi2 package="on Debian slurm-wlm-basic-plugins, elsewhere slurm-libpmi" ;;
