@@ -203,8 +203,9 @@ class RollCall:
         while True:
             if (prefix := self._prefix()) != under:
                 under, keys = prefix, write(prefix)
-            until = min(deadline, time.monotonic() + _GLANCE_S)
-            if self._await(keys, until) or time.monotonic() >= deadline:
+            elif time.monotonic() >= deadline:  # looked once more since then
+                return under, keys
+            if self._await(keys, min(deadline, time.monotonic() + _GLANCE_S)):
                 return under, keys
 
     def _await(self, keys: list[str], deadline: float) -> bool:

@@ -852,6 +852,16 @@ MUTANTS = [
         (f"{_MISSING}::test_survivors_of_a_stop_share_one_history_and_name_the_stopped",),
     ),
     Mutant(
+        "who joined since the last look at the register is not heard",
+        "shardscale/comm/roll_call.py",
+        "+ _GLANCE_S)):",
+        "+ _GLANCE_S)) or time.monotonic() >= deadline:",
+        (
+            "tests/unit/test_roll_call.py::"
+            "test_who_joins_while_another_one_gathers_is_heard_however_short_the_time",
+        ),
+    ),
+    Mutant(
         "a missing rank is named without its host",
         "shardscale/comm/roll_call.py",
         "{rank: hosts[number] for rank, number in enumerate(in_job) if number in hosts}",

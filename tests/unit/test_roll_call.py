@@ -87,6 +87,19 @@ def test_a_process_that_joins_during_a_roll_call_does_not_divide_the_others():
     assert "All ranks came" in told[0]
 
 
+def test_who_joins_while_another_one_gathers_is_heard_however_short_the_time(monkeypatch):
+    monkeypatch.setattr(roll_call, "_GLANCE_S", 60.0)
+    store = dist.HashStore()
+    mine = one_of(store, 0)
+    heard = []
+    gathering = threading.Thread(target=lambda: heard.extend(mine.gather("mine", 2.0)))
+    gathering.start()
+    wait_for(lambda: store.check(["shardscale/1/gather/1/0"]))
+    one_of(store, 1).gather("other", 0.0)
+    gathering.join(30)
+    assert heard == ["mine", "other"]
+
+
 def wait_for(condition):
     deadline = time.monotonic() + 20
     while not condition():
