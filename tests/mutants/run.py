@@ -10,6 +10,7 @@ it is in C, does not compile. All the tests named must pass on an unmutated copy
 from __future__ import annotations
 
 import ast
+import functools
 import json
 import os
 import re
@@ -32,7 +33,8 @@ ROOT = Path(__file__).resolve().parents[2]
 COPIED = ("shardscale", "launch", "tests", "pyproject.toml", "docs", "README.md", "CONTRIBUTING.md")
 NOT_COPIED = shutil.ignore_patterns("__pycache__", "_build")
 AT_ONCE = 2
-LIMIT_S = 150
+LIMIT_S = 150  # for the tests that a mutant names
+UNMUTATED_LIMIT_S = 900  # for those that all of them do
 # What a typing error in the mutant itself would look like; such a mutant shows nothing.
 BROKEN = re.compile(r"\b(SyntaxError|IndentationError|NameError|ImportError|ModuleNotFoundError)\b")
 
@@ -113,7 +115,8 @@ def baseline(mutants: Sequence[Mutant], folder: Path, pool: ThreadPoolExecutor) 
         return False
     halves = [half for i in range(AT_ONCE) if (half := named[i::AT_ONCE])]
     trees = [folder / f"unmutated{i}" for i in range(len(halves))]
-    runs = list(pool.map(run_tests, trees, halves))
+    run_all = functools.partial(run_tests, limit_s=UNMUTATED_LIMIT_S)
+    runs = list(pool.map(run_all, trees, halves))
     sane = True
     for half, run in zip(halves, runs, strict=True):
         outcomes = run.outcomes or []
@@ -166,7 +169,9 @@ def catches(outcome: dict[str, str]) -> bool:
     return failed and not BROKEN.search(outcome["text"])
 
 
-def run_tests(tree: Path, tests: Sequence[str], mutant: Mutant | None = None) -> Run:
+def run_tests(
+    tree: Path, tests: Sequence[str], mutant: Mutant | None = None, limit_s: float = LIMIT_S
+) -> Run:
     """Run tests in a copy of the tree, mutated or not."""
     copy_tree(tree)
     if mutant is not None:
@@ -195,7 +200,7 @@ def run_tests(tree: Path, tests: Sequence[str], mutant: Mutant | None = None) ->
         start_new_session=True,
     )
     try:
-        output, _ = process.communicate(timeout=LIMIT_S)
+        output, _ = process.communicate(timeout=limit_s)
         hung = False
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
