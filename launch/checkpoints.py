@@ -24,13 +24,16 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.optim import Optimizer
 
@@ -45,7 +48,7 @@ T = TypeVar("T")
 
 
 class CheckpointError(RuntimeError):
-    """The folder cannot be used as it is; every rank raises it."""
+    """The folder or what is in it cannot be used; every rank raises it."""
 
 
 def save(
@@ -73,8 +76,9 @@ def save(
         keep: How many complete checkpoints to leave, the new one among them; at least 1.
 
     Raises:
-        CheckpointError: on every rank: ``keep`` is below 1, the folder has a complete checkpoint of
-            a later step, or rank 0 could not tidy up or rename.
+        CheckpointError: on every rank: ``keep`` is below 1 or ``step`` below 0, the folder has a
+            complete checkpoint of a later step, a rank could not write or wrote elsewhere, or rank
+            0 could not tidy up or rename.
 
     Collective: every rank of the job must call.
     """
@@ -82,8 +86,9 @@ def save(
     _on_rank_0(lambda: _prepare(Path(folder), step, keep))
     model_state, optimizer_state = get_state_dict(model, optimizer)
     parts = {"model": model_state, "optimizer": optimizer_state, "scaler": scaler}
-    dcp.save(parts, checkpoint_id=partial)
-    _on_rank_0(lambda: _publish(partial, step, keep))
+    with _in_a_sentence(f"{partial} could not be saved", "Make room, or name another folder."):
+        metadata = dcp.save(parts, checkpoint_id=partial)
+    _on_rank_0(lambda: _publish(partial, step, keep, metadata))
 
 
 def load_newest(
@@ -107,8 +112,9 @@ def load_newest(
         then nothing was changed.
 
     Raises:
-        CheckpointError: on every rank: rank 0 could not look into the folder. One that does not
-            exist is no error; it has no checkpoint.
+        CheckpointError: on every rank: rank 0 could not look into the folder, or the newest
+            checkpoint is broken or of another model or optimizer; then what was read before that
+            stays in the parameters. A folder that does not exist is no error; it has no checkpoint.
 
     Collective: every rank of the job must call.
     """
@@ -118,7 +124,12 @@ def load_newest(
         return 0
     model_state, optimizer_state = get_state_dict(model, optimizer)
     parts = {"model": model_state, "optimizer": optimizer_state, "scaler": scaler}
-    dcp.load(parts, checkpoint_id=newest.path)
+    cure = (
+        "Load it into a job like the one that saved it, or name another folder. If its files are "
+        "broken, move it away, and the one before it is loaded."
+    )
+    with _in_a_sentence(f"{newest.path} could not be loaded", cure):
+        dcp.load(parts, checkpoint_id=newest.path)
     set_state_dict(model, optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state)
     return newest.step
 
@@ -165,8 +176,9 @@ def _named(folder: Path) -> list[_Found]:
 
 def _prepare(folder: Path, step: int, keep: int) -> None:
     """Make the folder, and delete what earlier jobs were killed in the middle of."""
-    if keep < 1:
-        raise CheckpointError(f"keep is {keep}, but must be at least 1.")
+    for name, number, low in (("keep", keep, 1), ("step", step, 0)):
+        if number < low:
+            raise CheckpointError(f"{name} is {number}, but must be at least {low}.")
     newest = _newest(folder)
     if newest and newest.step > step:
         raise CheckpointError(
@@ -179,7 +191,14 @@ def _prepare(folder: Path, step: int, keep: int) -> None:
             _delete(path)
 
 
-def _publish(partial: Path, step: int, keep: int) -> None:
+def _publish(partial: Path, step: int, keep: int, metadata: Metadata) -> None:
+    files = {info.relative_path for info in metadata.storage_data.values()}
+    missing = sorted(name for name in files if not (partial / name).exists())
+    if missing:
+        raise CheckpointError(
+            f"{partial} lacks {missing[0]}, which a rank has written elsewhere. Every rank must "
+            "save the same step in one folder that all of them see."
+        )
     # Beside what has that name: a kill between two renames would leave nothing of this step.
     taken = [found.again for found in _named(partial.parent) if found.step == step]
     partial.rename(partial.with_suffix(f".{max(taken) + 1}" if taken else ""))
@@ -195,6 +214,16 @@ def _delete(path: Path) -> None:
         shutil.rmtree(path)
     except OSError as error:  # no reason to end a job
         warnings.warn(f"{path} could not be deleted: {error}", stacklevel=2)
+
+
+@contextmanager
+def _in_a_sentence(what: str, cure: str) -> Iterator[None]:
+    """Say of torch's error, which every rank gets with the tracebacks of all, what it comes to."""
+    try:
+        yield
+    except CheckpointException as error:  # a BaseException
+        rank, (cause, _) = min(error.failures.items(), key=lambda failure: failure[0])
+        raise CheckpointError(f"{what} (rank {rank}: {cause!r}). {cure}") from error
 
 
 def _on_rank_0(do: Callable[[], T]) -> T:

@@ -76,10 +76,10 @@ class Job:
 def _check(name: str, value: object, numbers: range | None, default: object) -> None:
     """Refuse a field that is not of its kind."""
     if numbers is None:
-        if not (isinstance(value, str) and re.fullmatch(r"[\w.:,%/-]*", value, re.ASCII)):
+        if not (isinstance(value, str) and re.fullmatch(r"[\w.:,%/@+-]*", value, re.ASCII)):
             raise ValueError(
                 f"{option(name)} is {value!r}, but must be text that no shell misreads: letters, "
-                "digits and _.:,%/- alone."
+                "digits and _.:,%/@+- alone."
             )
     # The default may be None. A bool and a float can be equal to one of the numbers.
     elif value is not default and (type(value) is not int or value not in numbers):

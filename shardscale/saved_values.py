@@ -36,6 +36,7 @@ class Kind(NamedTuple):
 
     words: str
     fits: Callable[[Any], bool]
+    cure: str = CURE
 
 
 def whole(low: int, high: int) -> Kind:
@@ -62,7 +63,11 @@ def _are_pairs(value: Any) -> bool:
     )
 
 
-SCALE = Kind("a finite and positive number", lambda x: _is_finite(x) and x > 0)
+SCALE = Kind(
+    "a finite and positive number",
+    lambda x: _is_finite(x) and x > 0,
+    f"{CURE} Torch's scaler may have come down to 0; then set it to where the job shall go on.",
+)
 NUMBER = Kind("a finite number", _is_finite)
 INTEGER = Kind("an integer of 64 bits", lambda n: _is_int(n) and -(2**63) <= n < 2**63)
 COUNT = whole(0, 2**31 - 1)  # of the state's int32 tensors
@@ -84,7 +89,7 @@ def read(saved: Mapping[str, Any], kinds: Mapping[str, Kind]) -> dict[str, Any]:
         if not kinds[name].fits(value):
             raise ConfigError(
                 f"the state dict's {name} is {shown(value)}, but must be {kinds[name].words}. "
-                f"{CURE}"
+                f"{kinds[name].cure}"
             )
     return values
 

@@ -8,6 +8,7 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
 from launch import checkpoints
@@ -51,6 +52,38 @@ def test_what_was_saved_comes_back_bit_for_bit(ranks, tmp_path, backend):
         save_and_load, 2 if backend else 1, backend=backend, folder=str(tmp_path / "a" / "b")
     )
     assert set(found) == {(4, True)}
+
+
+def save_apart(rank, size, folder):
+    job = trained(0, 1)
+    found = outcome(lambda: save(job, folder, 1 + rank))
+    return found.error, found.message, load(Job(), folder)
+
+
+def test_ranks_that_write_to_different_places_have_saved_nothing(ranks, tmp_path):
+    """As with another step, or with a disk of its own on each node."""
+    for error, message, loaded in ranks.run(save_apart, 2, folder=str(tmp_path)):
+        assert error == "CheckpointError"
+        assert "step-00000001.partial lacks __1_0.distcp" in message
+        assert loaded == 0
+
+
+def load_broken(rank, size, folder, name):
+    job = trained(0, 1)
+    save(job, folder, 1)
+    if rank == 0:
+        (Path(folder) / "step-00000001" / name).write_bytes(b"")
+    dist.barrier()
+    found = outcome(lambda: load(Job(), folder))
+    return found.error, found.message
+
+
+@pytest.mark.parametrize("name", [".metadata", "__0_0.distcp"])
+def test_a_broken_checkpoint_is_told_in_a_sentence(ranks, tmp_path, name):
+    for error, message in ranks.run(load_broken, 2, folder=str(tmp_path), name=name):
+        assert error == "CheckpointError"
+        assert "step-00000001 could not be loaded (rank 0: " in message
+        assert "move it away" in message and "Traceback" not in message
 
 
 def load_nothing(rank, size, folder):
@@ -182,8 +215,9 @@ def save_wrongly(rank, size, folder, step, keep):
     [
         (3, 2, "step 3 is to be saved, but {folder}/step-00000004 is of a later one, with which"),
         (5, 0, "keep is 0, but must be at least 1."),
+        (-1, 2, "step is -1, but must be at least 0."),
     ],
-    ids=["a lower step", "keep"],
+    ids=["a lower step", "keep", "a step before the first"],
 )
 def test_what_would_be_saved_in_vain_is_an_error_on_every_rank(
     ranks, tmp_path, step, keep, sentence

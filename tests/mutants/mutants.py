@@ -852,6 +852,20 @@ MUTANTS = [
         (f"{_MISSING}::test_survivors_of_a_stop_share_one_history_and_name_the_stopped",),
     ),
     Mutant(
+        "a checkpoint without a rank's file is published",
+        "launch/checkpoints.py",
+        "    if missing:\n",
+        "    if not files:\n",
+        (f"{_SAVED}::test_ranks_that_write_to_different_places_have_saved_nothing",),
+    ),
+    Mutant(
+        "torch's error of a checkpoint passes for no Exception",
+        "launch/checkpoints.py",
+        "    except CheckpointException as error:",
+        "    except KeyError as error:",
+        (f"{_SAVED}::test_a_broken_checkpoint_is_told_in_a_sentence",),
+    ),
+    Mutant(
         "who joined since the last look at the register is not heard",
         "shardscale/comm/roll_call.py",
         "+ _GLANCE_S)):",
