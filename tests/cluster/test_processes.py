@@ -19,8 +19,10 @@ def mark():
 
 def test_an_orphan_in_a_session_of_its_own_is_found_and_ended(mark: dict[str, str]):
     # The shell leaves it behind, as a launcher that dies leaves its workers.
-    orphan = ["sh", "-c", "setsid sleep 300 >/dev/null 2>&1 &"]
-    subprocess.run(orphan, env={**os.environ, **mark}, timeout=10, check=True)
+    orphan = ["sh", "-c", "setsid sh -c 'echo there; exec sleep 300 >/dev/null' &"]
+    with subprocess.Popen(orphan, env={**os.environ, **mark}, stdout=subprocess.PIPE) as shell:
+        assert shell.stdout is not None
+        assert shell.stdout.readline() == b"there\n"
     assert len(left(mark)) == 1
     end_all(mark)
     assert left(mark) == {}
