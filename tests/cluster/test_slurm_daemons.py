@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.processes import left
-from tests.cluster.slurm_daemons import FOLDER, SlurmBusyError, started, why_not
+from tests.cluster.slurm_daemons import FOLDER, SlurmBusyError, started, until, why_not
 
 ROOT = Path(__file__).resolve().parents[2]
 NAME = "killed"  # of the cluster, whose nodes are killed1, ...
@@ -61,11 +61,11 @@ def test_what_a_killed_run_has_left_is_ended_by_the_next(other_run: subprocess.P
     name, value = (FOLDER / NAME / "mark").read_text().split("=")
     other_run.kill()
     other_run.wait()
-    assert len(left({name: value})) >= 4, "munged, slurmctld and two slurmd"
+    until(lambda: len(left({name: value})) >= 4, "munged, slurmctld and two slurmd", 10)
     assert f"{NAME}-bridge" in links()
     with started(NAME, 1) as daemons:
         assert left({name: value}) == {}
-        assert len(left(daemons.mark)) >= 3
+        until(lambda: len(left(daemons.mark)) >= 3, "munged, slurmctld and slurmd", 10)
     assert left(daemons.mark) == {}
     assert not (FOLDER / NAME).exists()
     assert NAME not in links()
