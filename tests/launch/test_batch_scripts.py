@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ class Node:
         self.log = folder / "log"
         self.bin = folder / "bin"
         self.bin.mkdir()
+        self.started: list[subprocess.Popen[str]] = []
         self.left_alone_s = 0  # a step at first; the 5 s of the script would have to be waited for
         for tool in TOOLS:
             (self.bin / tool).symlink_to(shutil.which(tool))
@@ -48,7 +50,7 @@ class Node:
 
     def start(self, job: Job, *words: str) -> subprocess.Popen[str]:
         script = render(job).replace("step_began + 5", f"step_began + {self.left_alone_s}")
-        return subprocess.Popen(
+        process = subprocess.Popen(
             ["bash", "-c", script, "file.sbatch", *words],
             cwd=ROOT,
             env={"PATH": str(self.bin), **self.variables},
@@ -56,6 +58,8 @@ class Node:
             stderr=subprocess.PIPE,
             text=True,
         )
+        self.started.append(process)
+        return process
 
     def run(self, job: Job, *words: str) -> tuple[int, str, str]:
         """Exit code, output and errors."""
@@ -69,8 +73,11 @@ class Node:
 
 
 @pytest.fixture
-def node(tmp_path: Path) -> Node:
-    return Node(tmp_path)
+def node(tmp_path: Path) -> Iterator[Node]:
+    node = Node(tmp_path)
+    yield node
+    for process in node.started:
+        process.kill()
 
 
 @pytest.mark.parametrize("launcher", ["srun", "torchrun", "mpi"])
@@ -229,7 +236,8 @@ def test_ranks_that_end_otherwise_are_not_requeued(node: Node, code: int):
 def test_the_signal_is_repeated_until_the_ranks_have_ended(node: Node):
     """One that came while a rank started Python was lost."""
     heard = node.folder / "heard"
-    node.has("srun", f"while [[ $(cat {heard} 2>/dev/null) != ..* ]]; do sleep 0.05; done; exit 85")
+    is_over = f"[[ $(cat {heard} 2>/dev/null) == ..* ]] || ! kill -0 $PPID"
+    node.has("srun", f"until {is_over}; do sleep 0.05; done; exit 85")
     node.has("scancel", f"echo -n . >>{heard}")
     process = node.start(Job("srun", max_requeues=3))
     assert process.stdout is not None
